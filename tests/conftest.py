@@ -2,13 +2,14 @@
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
 import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # not by XLA_FLAGS: child processes would inherit those
 
 
 @pytest.fixture(autouse=True, scope="session")
