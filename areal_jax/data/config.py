@@ -1,0 +1,17 @@
+"""Settings of the prompt data."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str = ""  # path of a JSONL/JSON/Parquet file, or "arithmetic:count=4096,seed=0,..." (generated problems)
+    eval: str = ""  # the same; empty: no evaluation
+    eval_limit: int = 256  # problems of the evaluation set used in a run; 0: all
+    format: str = "auto"  # "auto", "gsm8k", "prompt_answer", "math", "code", ...
+    template: str = "auto"  # "chat", "none", or "auto": the checkpoint's chat template where it has one
+    system_prompt: str = ""
+    prompt_suffix: str = ""
+    max_prompt_tokens: int = 0  # 0: rollout.max_length - rollout.max_new_tokens
+    too_long: str = "error"  # a prompt longer than that: "error" or "skip" (counted)
+    bad_record: str = "error"  # a malformed record: "error" (names the line) or "skip" (counted)

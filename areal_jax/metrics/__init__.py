@@ -1,0 +1,1 @@
+"""Names, writers and truthful clocks: what a run tells about itself."""

@@ -1,0 +1,48 @@
+"""Settings of the trainer. No jax here: the launcher reads this too."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    steps: int = 100  # versions to make
+    objective: str = "decoupled_ppo"  # any objective of the library, by name (areal_jax/trainer/objectives.py)
+    objective_args: dict = dataclasses.field(default_factory=dict)  # its keyword arguments
+    advantage: str = "group_relative"
+    advantage_args: dict = dataclasses.field(default_factory=dict)
+    aggregate: str = "token_mean"
+    correction: str = "none"  # extra engine-mismatch correction: "none", "tis", "icepop", ...
+    correction_args: dict = dataclasses.field(default_factory=dict)
+    kl_coef: float = 0.0  # penalty towards the reference model (the checkpoint the run began with)
+    entropy_coef: float = 0.0
+    proximal: str = "recompute"  # "recompute", "loglinear" or "fused" (exact and free with one minibatch)
+    minibatches: int = 1
+    packing: str = "dynamic"  # "dynamic" (tokens per micro-batch) or "fixed" (sequences per micro-batch)
+    row_length: int = 512  # tokens per packed row
+    rows: int = 8  # rows per micro-batch over all devices
+    fixed_sequences: int = 32  # packing="fixed": sequences per micro-batch, one per row
+    learning_rate: float = 2e-5
+    warmup_steps: int = 0
+    schedule: str = "constant"  # "constant", "linear" or "cosine"
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"  # "bfloat16" on GPUs
+    publish_dtype: str = "float32"  # dtype of the weights that rollout workers get
+    attention: str = "auto"
+    remat: str = "none"
+    data_parallel: int = 1  # mesh sizes; -1 for one of them: whatever devices are left
+    fsdp: int = -1
+    tensor: int = 1
+    expert: int = 1
+    lora_rank: int = 0
+    processes: int = 1  # JAX processes
+    seed: int = 1
+    checkpoint_every: int = 0  # steps; 0: only at the end and when told to stop
+    keep_checkpoints: int = 2
+    batch_timeout: float = 600.0  # seconds to wait for a batch before giving up with a diagnosis
+    eval_every: int = 0  # steps; 0: only before and after
+    weights_transport: str = "shm"  # "shm", "tcp" or "disk"
