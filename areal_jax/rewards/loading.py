@@ -1,0 +1,44 @@
+"""Verifiers by import path: what the path names, and which of a record's fields the function takes."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from areal_jax.rewards.outcome import VerifierError
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def load_verifier(path: str) -> Callable[..., Any]:
+    """The function that `path` ("package.module.function" or "package.module:function") names.
+
+    Raises `VerifierError` in one line if it does not import, does not exist or cannot be called.
+    """
+    module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    if not module_name or not name:
+        raise VerifierError(f"reward function {path!r}: expected package.module.function")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            target = getattr(target, part)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise VerifierError(f"reward function {path!r} does not import: {type(error).__name__}: {error}") from error
+    if not callable(target):
+        raise VerifierError(f"reward function {path!r} is a {type(target).__name__}, not a function")
+    return target
+
+
+def accepted(function: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `fields` that `function` takes by keyword; all of it if the function takes `**kwargs`.
+
+    Raises `VerifierError` naming a required parameter that `fields` lacks.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    missing = [p.name for p in parameters if p.kind in _NAMED and p.default is p.empty and p.name not in fields]
+    if missing:
+        name = getattr(function, "__name__", function)
+        raise VerifierError(f"{name} needs {missing}; the record has {sorted(fields)}")
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(fields)
+    return {p.name: fields[p.name] for p in parameters if p.kind in _NAMED and p.name in fields}

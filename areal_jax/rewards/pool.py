@@ -1,0 +1,125 @@
+"""Verifiers in a pool of processes: many at once, each under a time limit, none able to take another with it."""
+
+import asyncio
+import collections
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from areal_jax.rewards.outcome import FAILURE_KINDS, Failure, Outcome, Score, VerifierError
+from areal_jax.rewards.process import WorkerProcess
+
+
+class VerifierPool:
+    """Runs verifiers by import path in `processes` fresh interpreters, none of which imports jax or torch.
+
+    A call ends in a `Score` or in a `Failure` (`timeout`, `crash`, `exception`, `bad_return`); it never raises for what
+    a verifier did. A worker that overruns or dies is killed with its process group and replaced. Use it as an async
+    context manager, or call `close`.
+
+    Args:
+      processes: number of worker processes; default: one per core.
+      timeout: seconds that one call may take once its module is imported, unless the call says otherwise.
+      memory_bytes: address-space limit of each worker; 0 for none.
+      start_timeout: seconds for an interpreter to start and, separately, for a verifier's module to import.
+      recycle_after: calls after which a worker is replaced by a fresh one (symbolic algebra caches grow).
+    """
+
+    def __init__(
+        self,
+        processes: int | None = None,
+        timeout: float = 15.0,
+        *,
+        memory_bytes: int = 4 << 30,
+        start_timeout: float = 60.0,
+        recycle_after: int = 5000,
+    ):
+        self.processes = processes or os.cpu_count() or 1
+        self.timeout = timeout
+        self.counts: collections.Counter[str] = collections.Counter(
+            dict.fromkeys(("started", "scored", *FAILURE_KINDS), 0)
+        )
+        self._memory_bytes = memory_bytes
+        self._start_timeout = start_timeout
+        self._recycle_after = recycle_after
+        self._threads = ThreadPoolExecutor(self.processes, thread_name_prefix="verifier")
+        self._idle: list[WorkerProcess] = []
+        self._busy: set[WorkerProcess] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    async def __aenter__(self) -> "VerifierPool":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Starts all workers now, so that the first calls do not wait. Raises `VerifierError` if one does not start."""
+        loop = asyncio.get_running_loop()
+        starts = [loop.run_in_executor(self._threads, self._new_worker) for _ in range(self.processes)]
+        for worker in await asyncio.gather(*starts):
+            self._put_back(worker)
+
+    async def submit(self, path: str, fields: Mapping[str, Any], *, timeout: float | None = None) -> Outcome:
+        """Calls the verifier at `path` with those of `fields` that it accepts, as soon as a worker is free.
+
+        The verifier may be sync or async. Waiting for a free worker does not count against the time limit (seconds).
+        """
+        if self._closed:
+            raise VerifierError("this VerifierPool is closed")
+        limit = self.timeout if timeout is None else timeout
+        loop = asyncio.get_running_loop()
+        outcome = await loop.run_in_executor(self._threads, self._call, path, fields, limit)
+        self.counts["scored" if isinstance(outcome, Score) else outcome.kind] += 1
+        return outcome
+
+    async def close(self) -> None:
+        """Kills all workers; calls in flight end as the failure `crash`."""
+        with self._lock:
+            self._closed = True
+            workers = [*self._idle, *self._busy]
+            self._idle.clear()
+        for worker in workers:
+            worker.kill_group()
+        await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
+        for worker in workers:
+            worker.kill()
+
+    def _new_worker(self) -> WorkerProcess:
+        with self._lock:
+            self.counts["started"] += 1
+        return WorkerProcess(memory_bytes=self._memory_bytes, start_timeout=self._start_timeout)
+
+    def _put_back(self, worker: WorkerProcess) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+            keep = not self._closed and worker.alive and worker.calls < self._recycle_after
+            if keep:
+                self._idle.append(worker)
+        if not keep:
+            worker.kill()
+
+    def _call(self, path: str, fields: Mapping[str, Any], timeout: float) -> Outcome:
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+        if worker is not None and not worker.alive:  # ended while it had nothing to do: nobody's call failed
+            worker.kill()
+            worker = None
+        if worker is None:  # the last one was killed, or the pool was not started
+            try:
+                worker = self._new_worker()
+            except VerifierError as error:
+                return Failure(kind="crash", text=str(error))
+        with self._lock:
+            self._busy.add(worker)
+            closed = self._closed
+        try:
+            if closed:
+                return Failure(kind="crash", text=f"{path}: the pool was closed")
+            return worker.call(path, fields, timeout)
+        finally:
+            self._put_back(worker)

@@ -1,0 +1,192 @@
+"""The pool: a score or a named failure, never both; whoever overruns or dies is killed and replaced."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+from areal_jax.rewards import Failure, Score, VerifierError, VerifierPool
+from areal_jax.rewards.loading import load_verifier
+
+HERE = "tests.rewards.verifiers"
+RECORD = {"prompt": "1+1", "completion": "2", "answer": "2", "prompt_tokens": [1], "completion_tokens": [7, 8, 9]}
+
+
+def run(*calls, processes=1, timeout=20.0, **options):
+    """The outcomes of (function name, extra fields) calls, submitted together; and the pool's counts."""
+
+    async def main():
+        async with VerifierPool(processes, timeout, memory_bytes=0, **options) as pool:
+            outcomes = await asyncio.gather(
+                *(pool.submit(f"{HERE}.{name}", RECORD | fields) for name, fields in calls)
+            )
+        return outcomes, dict(pool.counts)
+
+    return asyncio.run(main())
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_sync_and_async_verifiers_get_the_fields_they_name():
+    calls = [("agree", {}), ("agree", {"answer": "3"}), ("agree_later", {}), ("everything", {"level": 3})]
+    outcomes, counts = run(*calls, ("token_count", {}))
+    assert [o.reward for o in outcomes] == [1.0, 0.0, 5.0, 1.0, 3.0]
+    assert outcomes[2].accuracy == 1.0 and outcomes[2].values == {"length": 1.0}
+    assert outcomes[3].values == {"fields": 6.0, "prompt_given": 1.0}
+    assert counts["scored"] == 5 and counts["started"] == 1
+
+
+def test_numpy_fields_arrive_as_lists():
+    (outcome,), _ = run(("token_count", {"completion_tokens": np.arange(4, dtype=np.int32), "level": np.float32(1.0)}))
+    assert outcome.reward == 4.0
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "kind", "text"),
+    [
+        ("raises", {}, "exception", "RuntimeError: cannot judge 2"),
+        ("exits", {}, "exception", "SystemExit"),
+        ("dies", {}, "crash", "exit status 3; it wrote: last words"),
+        ("give_back", {}, "exception", r"needs ['value']"),
+        ("give_back", {"value": "nan"}, "bad_return", "finite"),
+        ("give_back", {"value": "none"}, "bad_return", "None"),
+        ("give_back", {"value": "text"}, "bad_return", "'1.0'"),
+        ("give_back", {"value": "no_reward"}, "bad_return", "'reward'"),
+        ("agree", {"answer": object()}, "exception", "cannot be sent"),
+        ("missing", {}, "exception", "does not import"),
+    ],
+)
+def test_what_goes_wrong_is_a_failure_with_a_name_and_the_next_call_is_served(name, fields, kind, text):
+    (failed, after), counts = run((name, fields), ("agree", {}))
+    assert isinstance(failed, Failure) and failed.kind == kind and text in failed.text
+    assert isinstance(after, Score) and after.reward == 1.0
+    assert counts[kind] == 1 and counts["scored"] == 1
+
+
+def test_a_bool_is_a_score():
+    assert run(("give_back", {"value": "bool"}))[0][0].reward == 1.0
+
+
+def test_an_overrunning_verifier_is_killed_with_its_children_and_replaced(tmp_path):
+    pid_file = tmp_path / "pids"
+    (late, after), counts = run(("loops", {"pid_file": str(pid_file)}), ("agree", {}), timeout=1.5)
+    assert late.kind == "timeout" and "1.5 s" in late.text
+    assert after.reward == 1.0 and counts["started"] == 2
+    assert not any(alive(int(pid)) for pid in pid_file.read_text().split())
+
+
+def test_a_loop_inside_one_c_call_is_interrupted():
+    (late, after), _ = run(("c_loop", {}), ("agree", {}), timeout=1.0)
+    assert late.kind == "timeout" and after.reward == 1.0
+
+
+def test_one_stuck_verifier_does_not_hold_up_the_others():
+    outcomes, _ = run(("loops", {}), *[("agree", {})] * 20, processes=2, timeout=2.0)
+    assert outcomes[0].kind == "timeout"
+    assert all(o.reward == 1.0 for o in outcomes[1:])
+
+
+def test_what_a_verifier_prints_does_not_reach_the_protocol():
+    outcomes, _ = run(("prints", {}), ("prints", {}))
+    assert [o.reward for o in outcomes] == [1.0, 1.0]
+
+
+def test_workers_import_neither_jax_nor_torch():
+    (outcome,), _ = run(("modules", {}))
+    assert outcome.values == {"jax": 0.0, "torch": 0.0, "sympy": 1.0}
+
+
+def test_a_worker_that_died_idle_costs_nobody_a_call():
+    async def main():
+        async with VerifierPool(1, 20.0, memory_bytes=0) as pool:
+            first = await pool.submit(f"{HERE}.pid", {})
+            os.kill(int(first.reward), 9)
+            psutil.Process(int(first.reward)).wait(10)
+            second = await pool.submit(f"{HERE}.pid", {})
+        return first, second
+
+    first, second = asyncio.run(main())
+    assert isinstance(second, Score) and second.reward != first.reward
+
+
+def test_workers_are_recycled():
+    outcomes, _ = run(*[("pid", {})] * 4, recycle_after=2)
+    assert len({o.reward for o in outcomes}) == 2
+
+
+def test_close_ends_calls_in_flight_and_leaves_no_process(tmp_path):
+    pid_file = tmp_path / "pids"
+
+    async def main():
+        pool = VerifierPool(1, 60.0, memory_bytes=0)
+        await pool.start()
+        call = asyncio.create_task(pool.submit(f"{HERE}.loops", {"pid_file": str(pid_file)}))
+        while not (pid_file.exists() and len(pid_file.read_text().split()) == 2):
+            await asyncio.sleep(0.01)
+        await pool.close()
+        outcome = await call
+        with pytest.raises(VerifierError, match="closed"):
+            await pool.submit(f"{HERE}.pid", {})
+        return outcome
+
+    assert asyncio.run(main()).kind == "crash"
+    assert not any(alive(int(pid)) for pid in pid_file.read_text().split())
+
+
+def test_workers_die_with_a_parent_that_is_killed(tmp_path):
+    pid_file = tmp_path / "pids"
+    script = f"""
+        import asyncio
+        from areal_jax.rewards import VerifierPool
+        async def main():
+            pool = VerifierPool(1, 60.0)
+            await pool.submit("{HERE}.loops", {{"pid_file": "{pid_file}"}})
+        asyncio.run(main())
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+    while not (pid_file.exists() and len(pid_file.read_text().split()) == 2):
+        assert parent.poll() is None
+    worker, child = map(psutil.Process, map(int, pid_file.read_text().split()))
+    parent.kill()
+    parent.wait()
+    gone, _ = psutil.wait_procs([worker], 10)
+    child.kill()  # whom a verifier starts outlives a killed service, unless it asks not to, as the sandbox does
+    assert gone
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("verify", "expected package.module.function"),
+        ("no.such.module.verify", "No module named 'no'"),
+        (f"{HERE}.nothing", "nothing"),
+        (f"{HERE}.HERE", "does not import"),
+        ("areal_jax.rewards.outcome.FAILURE_KINDS", "not a function"),
+    ],
+)
+def test_a_path_that_does_not_import_is_one_line(path, text):
+    with pytest.raises(VerifierError, match="reward function") as error:
+        load_verifier(path)
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_both_spellings_of_a_path():
+    assert load_verifier(f"{HERE}.agree") is load_verifier(f"{HERE}:agree")
+
+
+def test_outcomes_travel_as_msgpack():
+    score = Score(reward=1.0, accuracy=0.5, values={"a": 2.0}, reason="x")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(score), type=Score) == score
+
+
+def test_the_package_imports_without_jax():
+    code = "import sys, areal_jax.rewards; sys.exit(any(m in sys.modules for m in ('jax', 'torch', 'sympy', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
