@@ -15,14 +15,13 @@ from typing import Protocol
 import numpy as np
 
 from areal_jax.transport.messages import Manifest
+from areal_jax.weights import WeightsRefused
+
+__all__ = ["Completion", "Engine", "EngineDied", "Request", "Sampling", "WeightsRefused"]
 
 
 class EngineDied(RuntimeError):
     """The engine cannot generate any more; the worker must report it and end."""
-
-
-class WeightsRefused(RuntimeError):
-    """The new version was not loaded; the engine still runs the old one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

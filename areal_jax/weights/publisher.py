@@ -1,0 +1,157 @@
+"""Writes versions of the weights for others to map. The trainer's side; knows numpy arrays, not jax.
+
+`publish` streams: it takes one tensor at a time from an iterator, so that a sharded model need never be on the host as
+a whole, and copies and checksums in threads while the next tensor is being prepared.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import os
+import shutil
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from areal_jax.transport.messages import Manifest, TensorSpec
+from areal_jax.weights import store
+from areal_jax.weights.file import NewFile
+
+_CHUNK = 4 << 20  # bytes copied and checksummed at a time, while they are in cache
+
+
+class Publisher:
+    """Publishes one run's weights; a context manager. A run has one.
+
+    Args:
+      workdir: the run's folder; names its place in shared memory.
+      transport: "shm": shared memory, or `workdir/weights` where there is no room for it. "tcp": the same, and a byte
+        server for other hosts. "disk": `workdir/weights`, synced, for a disk that all hosts share.
+      keep: how many of the newest versions stay available. Memory needed: `keep` + 1 times the size of a version.
+      address: tcp only: where to listen, `tcp://host:*`.
+      shared_memory: the memory file system.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        transport: str = "shm",
+        keep: int = 2,
+        address: str = "tcp://127.0.0.1:*",
+        shared_memory: Path = store.SHARED_MEMORY,
+    ):
+        if transport not in ("shm", "tcp", "disk"):
+            raise ValueError(f"transport is {transport!r}; use 'shm', 'tcp' or 'disk'")
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least the newest version must stay")
+        self.transport, self.keep = transport, keep
+        self.timings: dict[str, float] = {}
+        store.cleanup(workdir, shared_memory)  # left by an earlier trainer of this run; whoever maps it keeps it
+        self._disk = store.disk_folder(workdir)
+        memory = shared_memory.is_dir() and transport != "disk"
+        self._folder = store.make_private(store.run_folder(workdir, shared_memory) if memory else self._disk)
+        self._versions: dict[int, Path] = {}  # in the order of publication
+        self._lock = threading.Lock()
+        self._workers = min(8, os.cpu_count() or 1)
+        self._threads = concurrent.futures.ThreadPoolExecutor(self._workers, "publish")
+
+    def publish(
+        self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], *, published_at: float | None = None
+    ) -> Manifest:
+        """Write one version and return its manifest; nobody sees the file before it is whole.
+
+        Arrays may have any layout and must not change until this returns. `published_at`: seconds since the epoch when
+        the optimizer step was done (now, if not given). Afterwards `timings` has seconds for convert (waiting for
+        `named_tensors`) and copy (the rest: bytes and checksums), and the megabytes written.
+        """
+        start = time.perf_counter()
+        published_at = time.time() if published_at is None else published_at
+        with self._lock, NewFile(self._folder, self._disk) as file:
+            writes, converting = self._write_all(version, named_tensors, file)
+            tensors = [TensorSpec(*spec, checksum=write.result()) for spec, write in writes]
+            nbytes = max((t.offset + store.tensor_bytes(t) for t in tensors), default=0)
+            if not nbytes:
+                raise ValueError(f"version {version} has no tensors")
+            path = file.finish(store.file_name(version, tensors), nbytes, sync=self.transport == "disk")
+            self._retire(version, path)
+            took = time.perf_counter() - start
+            self.timings = {"convert": converting, "copy": took - converting, "megabytes": nbytes / 1e6}
+            return Manifest(
+                version=version,
+                nbytes=nbytes,
+                tensors=tensors,
+                path=str(path),
+                host=socket.gethostname(),
+                transport=self.transport,
+                published_at=published_at,
+            )
+
+    def close(self) -> None:
+        """Remove every version; processes that map one keep it until they let go."""
+        self._threads.shutdown()
+        for folder in (self._folder, self._disk):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_all(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], file: NewFile):
+        """Write every tensor; returns [((name, dtype, shape, offset), future of the checksum)] and seconds waited."""
+        writes, running, names = [], collections.deque(), set()
+        offset, converting = 0, 0.0
+        source = iter(named_tensors)
+        try:
+            while True:
+                asked = time.perf_counter()
+                name, array = next(source, ("", None))
+                converting += time.perf_counter() - asked
+                if array is None:
+                    break
+                if name in names:
+                    raise ValueError(f"version {version}: {name} came twice")
+                if array.dtype.name not in store.DTYPES:
+                    raise ValueError(f"{name} is {array.dtype}, which is not carried; use {', '.join(store.DTYPES)}")
+                names.add(name)
+                write = self._threads.submit(_write, file, array, offset)
+                writes.append(((name, array.dtype.name, tuple(map(int, array.shape)), offset), write))
+                running.append(write)
+                if len(running) > 2 * self._workers:  # bounds the memory held by tensors on their way
+                    running.popleft().result()
+                offset += -(-array.nbytes // store.ALIGNMENT) * store.ALIGNMENT
+            return writes, converting
+        finally:
+            concurrent.futures.wait(running)  # whatever comes next, nobody writes any more
+
+    def _retire(self, version: int, path: Path) -> None:
+        """Take what is not kept any more out of sight; its pages serve a later version once nobody maps them."""
+        stale = [self._versions.pop(version, path)]
+        self._versions[version] = path
+        stale += [self._versions.pop(v) for v in list(self._versions)[: -self.keep]]
+        for old in stale:
+            if old == path:
+                continue
+            if old.parent == self._disk:
+                old.unlink(missing_ok=True)
+            else:
+                old.replace(self._folder / store.SPARE)
+
+
+def _write(file: NewFile, array: np.ndarray, offset: int) -> int:
+    """Write one tensor at `offset`; returns the crc32 of its bytes."""
+    data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    checksum = 0
+    for start in range(0, len(data), _CHUNK):
+        chunk = data[start : start + _CHUNK]
+        checksum = zlib.crc32(chunk, checksum)
+        file.write(chunk, offset + start)
+    return checksum

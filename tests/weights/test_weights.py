@@ -1,0 +1,225 @@
+"""A version arrives whole and exact, or not at all; and nothing is left behind."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import zlib
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import pytest
+
+from areal_jax.transport.messages import Manifest, Publish, decode, encode
+from areal_jax.weights import Publisher, WeightsRefused, cleanup, open_version, same_layout, store
+
+
+def tensors(seed=0, scale=1):
+    draw = np.random.default_rng(seed).standard_normal
+    return {
+        "a": draw((3, 5 * scale)).astype(np.float32),
+        "b.bias": draw(7).astype(ml_dtypes.bfloat16),
+        "c": draw((4, 6)).astype(np.float16).T,  # not contiguous
+        "empty": np.zeros((0, 3), np.float32),
+        "scalar": np.float32(3.5).reshape(()),
+    }
+
+
+@pytest.fixture(params=["shm", "disk"])
+def publisher(request, tmp_path):
+    (tmp_path / "shm").mkdir()
+    with Publisher(tmp_path / "run", transport=request.param, shared_memory=tmp_path / "shm") as publisher:
+        yield publisher
+
+
+def same(version, expected):
+    assert [name for name, _ in version] == list(expected)
+    for name, array in version:
+        assert array.dtype == expected[name].dtype and array.shape == expected[name].shape
+        assert array.tobytes() == expected[name].tobytes()
+
+
+def test_every_dtype_and_layout_arrives_exactly(publisher):
+    manifest = publisher.publish(3, tensors().items(), published_at=12.0)
+    assert (manifest.version, manifest.published_at, manifest.host) == (3, 12.0, socket.gethostname())
+    assert manifest.tensors[1].dtype == "bfloat16"
+    with open_version(manifest) as version:
+        same(version, tensors())
+        assert set(version.timings) == {"read", "verify"} and not version["a"].flags.writeable
+    assert set(publisher.timings) == {"convert", "copy", "megabytes"}
+
+
+def test_manifest_survives_the_wire(publisher):
+    manifest = publisher.publish(0, tensors().items())
+    assert decode(encode(Publish(manifest))).manifest == manifest
+    assert msgspec.convert(msgspec.to_builtins(manifest), Manifest) == manifest
+
+
+def test_newest_versions_are_kept_and_older_ones_are_gone(publisher):
+    manifests = [publisher.publish(v, tensors(v).items()) for v in range(4)]
+    for v in (2, 3):
+        with open_version(manifests[v]) as version:
+            same(version, tensors(v))
+    for v in (0, 1):
+        with pytest.raises(WeightsRefused, match=r"replaced by a newer|did not appear"):
+            open_version(manifests[v], timeout=0)
+
+
+def test_a_reader_keeps_its_version_whatever_is_published(publisher):
+    held = open_version(publisher.publish(0, tensors(0).items()))
+    view = held["a"]
+    held.close()  # the view must keep the bytes, not the object that made it
+    for v in range(1, 8):
+        publisher.publish(v, tensors(v).items())
+    np.testing.assert_array_equal(view, tensors(0)["a"])
+
+
+def test_pages_are_used_again_when_nobody_reads_them(publisher):
+    inodes = []
+    for v in range(6):
+        manifest = publisher.publish(v, tensors(v, scale=6 - v).items())
+        inodes.append(os.stat(manifest.path).st_ino)
+        assert os.stat(manifest.path).st_size == manifest.nbytes
+        with open_version(manifest) as version:
+            same(version, tensors(v, scale=6 - v))
+    if publisher.transport == "shm":
+        assert len(set(inodes)) == 3  # keep = 2, and one to write into
+
+
+def test_a_flipped_byte_is_refused_and_named(publisher):
+    manifest = publisher.publish(0, tensors().items())
+    spec = manifest.tensors[2]
+    with open(manifest.path, "r+b") as file:
+        file.seek(spec.offset + 5)
+        byte = file.read(1)[0]
+        file.seek(spec.offset + 5)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(WeightsRefused, match=r"version 0: the bytes of c do not match"):
+        open_version(manifest)
+    with open_version(manifest, verify=False) as version:
+        np.testing.assert_array_equal(version["a"], tensors()["a"])
+
+
+def test_a_short_file_is_refused_and_named(publisher):
+    manifest = publisher.publish(0, tensors().items())
+    os.truncate(manifest.path, manifest.nbytes - 1)
+    with pytest.raises(WeightsRefused, match="scalar is cut off"):
+        open_version(manifest)
+
+
+@pytest.mark.parametrize("change", [{"offset": -64}, {"offset": 1 << 40}, {"shape": (1 << 50,)}, {"dtype": "object"}])
+def test_a_lying_manifest_is_refused(publisher, change):
+    manifest = publisher.publish(0, tensors().items())
+    tensor = msgspec.structs.replace(manifest.tensors[0], **change)
+    with pytest.raises(WeightsRefused, match="version 0: a "):
+        open_version(msgspec.structs.replace(manifest, tensors=[tensor]))
+
+
+def test_layouts_are_compared_by_name(publisher):
+    a = publisher.publish(0, tensors().items())
+    same_layout(a, publisher.publish(1, tensors(1).items()))
+    with pytest.raises(WeightsRefused, match=r"a is float32\[3, 10\], in version 0 it was float32\[3, 5\]"):
+        same_layout(a, publisher.publish(2, tensors(scale=2).items()))
+    with pytest.raises(WeightsRefused, match="scalar is missing"):
+        same_layout(a, publisher.publish(3, list(tensors().items())[:-1]))
+
+
+def test_what_cannot_be_published_leaves_nothing(publisher):
+    before = publisher.publish(0, tensors().items())
+    with pytest.raises(ValueError, match="a came twice"):
+        publisher.publish(1, [*tensors().items(), ("a", np.zeros(2, np.float32))])
+    with pytest.raises(ValueError, match="object, which is not carried"):
+        publisher.publish(1, {"x": np.array([None])}.items())
+    with pytest.raises(ValueError, match="has no tensors"):
+        publisher.publish(1, [])
+
+    def dies():
+        yield "a", np.zeros(1 << 20, np.float32)
+        raise RuntimeError("the device was lost")
+
+    with pytest.raises(RuntimeError, match="device was lost"):
+        publisher.publish(1, dies())
+    assert [p.name for p in os.scandir(os.path.dirname(before.path))] == [os.path.basename(before.path)]
+    with open_version(before) as version:
+        same(version, tensors())
+
+
+def test_full_shared_memory_moves_to_the_workdir(tmp_path, monkeypatch):
+    (tmp_path / "shm").mkdir()
+    room, pwrite = [6 << 20], os.pwrite
+
+    def limited(fd, data, offset):
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(str(tmp_path / "shm")):
+            if room[0] <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            room[0] -= len(data)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", limited)
+    big = {f"t{i}": np.full((1 << 18,), i, np.float32) for i in range(12)}
+    with Publisher(tmp_path / "run", shared_memory=tmp_path / "shm") as publisher:
+        for v in range(4):
+            manifest = publisher.publish(v, big.items())
+            assert manifest.path.startswith(str(tmp_path / "run"))
+            with open_version(manifest) as version:
+                same(version, big)
+        assert len(list((tmp_path / "run" / "weights").iterdir())) == 2
+    assert not (tmp_path / "run" / "weights").exists() and not list((tmp_path / "shm").iterdir())
+
+
+def test_files_belong_to_their_owner_alone(publisher):
+    manifest = publisher.publish(0, tensors().items())
+    assert os.stat(manifest.path).st_mode & 0o777 == 0o600
+    assert os.stat(os.path.dirname(manifest.path)).st_mode & 0o777 == 0o700
+
+
+def test_a_planted_folder_is_not_used(tmp_path):
+    folder = store.run_folder(tmp_path / "run", tmp_path)
+    folder.symlink_to(tmp_path)
+    with pytest.raises((PermissionError, FileExistsError)):
+        Publisher(tmp_path / "run", shared_memory=tmp_path)
+
+
+def test_a_crashed_run_is_cleaned_up(tmp_path):
+    """A publisher that was killed leaves files; `cleanup`, or the next publisher of the run, removes them."""
+    script = (
+        "import os, numpy as np; from areal_jax.weights import Publisher; "
+        f"print(Publisher({str(tmp_path)!r}).publish(0, [('a', np.ones(9, np.float32))]).path, flush=True); os._exit(9)"
+    )
+    run = [sys.executable, "-c", script]
+    path = subprocess.run(run, capture_output=True, text=True, timeout=60).stdout.strip()
+    assert path.startswith("/dev/shm/areal_jax-") and os.path.exists(path)
+    assert cleanup(tmp_path) == [store.run_folder(tmp_path)]
+    assert not os.path.exists(path) and cleanup(tmp_path) == []
+    path = subprocess.run(run, capture_output=True, text=True, timeout=60).stdout.strip()
+    with Publisher(tmp_path):
+        assert not os.path.exists(path)
+    assert not store.run_folder(tmp_path).exists()
+
+
+def test_checksums_are_crc32_of_the_bytes(publisher):
+    manifest = publisher.publish(0, tensors().items())
+    for spec in manifest.tensors:
+        assert spec.checksum == zlib.crc32(np.ascontiguousarray(tensors()[spec.name]).tobytes())
+        assert spec.offset % store.ALIGNMENT == 0
+
+
+def test_a_version_published_again_with_other_bytes_is_another_file(publisher):
+    old = publisher.publish(5, tensors(0).items())
+    new = publisher.publish(5, tensors(1).items())
+    with open_version(new) as version:
+        same(version, tensors(1))
+    with pytest.raises(WeightsRefused):
+        open_version(old, timeout=0)
+
+
+def test_another_host_is_told_what_to_do(publisher):
+    manifest = publisher.publish(0, tensors().items())
+    if publisher.transport == "shm":
+        with pytest.raises(WeightsRefused, match=r"not on this host.*'tcp' or 'disk'"):
+            open_version(manifest, host="elsewhere")
+    else:
+        with open_version(manifest, host="elsewhere") as version:
+            same(version, tensors())
