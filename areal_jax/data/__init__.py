@@ -1,0 +1,1 @@
+"""Prompt data: reading published data sets and rendering their records to tokens."""

@@ -1,0 +1,95 @@
+"""What published data sets call their fields, turned into one kind of record.
+
+A record has "prompt" (text) or "messages" (chat turns), "answer" where there is one, "tests" for programs, and keeps
+what else its source says. Each format is one function from the source's record to ours; it raises `BadRecord`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class BadRecord(ValueError):
+    """A record lacks a field, or holds something that cannot be used; the message says which."""
+
+
+def gsm8k(source: Record) -> Record:
+    """GSM8K: `question`, and a worked `answer` that ends in "#### number"."""
+    question, solution = text(source, "question"), text(source, "answer")
+    _, marker, final = solution.rpartition("####")
+    if not marker or not final.strip():
+        raise BadRecord("its 'answer' does not end in '#### number'")
+    return {"prompt": question, "answer": final.strip().replace(",", ""), "solution": solution}
+
+
+def prompt_answer(source: Record) -> Record:
+    """Plain records: `prompt` (text) or `messages` (chat turns), and usually `answer`; other fields are kept."""
+    if "messages" in source:
+        turns = source["messages"]
+        if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
+            raise BadRecord("its 'messages' is not a list of {'role': ..., 'content': ...}")
+    else:
+        text(source, "prompt")
+    record = dict(source)
+    if isinstance(record.get("answer"), (int, float)) and not isinstance(record["answer"], bool):
+        record["answer"] = str(record["answer"])
+    return record
+
+
+def math(source: Record) -> Record:
+    """MATH, DeepScaleR and their kind: `problem`, and `answer` or a `solution` whose last \\boxed{} is the answer."""
+    problem = text(source, "problem")
+    answer = source.get("answer")
+    if answer is None:
+        answer = last_boxed(text(source, "solution"))
+        if answer is None:
+            raise BadRecord("it has no 'answer', and its 'solution' has no \\boxed{}")
+    rest = {key: value for key, value in source.items() if key not in ("problem", "answer", "prompt")}
+    return {"prompt": problem, "answer": str(answer), **rest}
+
+
+FORMATS: dict[str, Callable[[Record], Record]] = {"gsm8k": gsm8k, "math": math, "prompt_answer": prompt_answer}
+
+
+def detect(source: Record) -> str:
+    """The name of the format that `source`'s fields show; raises `BadRecord` when none fits."""
+    if "problem" in source and ("solution" in source or "answer" in source):
+        return "math"
+    if "question" in source and "####" in str(source.get("answer", "")):
+        return "gsm8k"
+    if "prompt" in source or "messages" in source:
+        return "prompt_answer"
+    raise BadRecord(
+        f"its fields {sorted(source)} fit no known format; expected 'prompt' or 'messages' (with 'answer'), GSM8K's "
+        f"'question' and 'answer', or MATH's 'problem' and 'solution'"
+    )
+
+
+def text(source: Record, key: str) -> str:
+    """`source[key]`, which must be text that is not empty."""
+    if key not in source:
+        raise BadRecord(f"it has no '{key}' (its fields: {sorted(source)})")
+    if not isinstance(source[key], str) or not source[key].strip():
+        raise BadRecord(f"its '{key}' is not text: {source[key]!r:.60}")
+    return source[key]
+
+
+def last_boxed(solution: str) -> str | None:
+    """What the last \\boxed{...} or \\fbox{...} of a LaTeX text holds (braces balanced), or None."""
+    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{|\\boxed\s+(\S+?)(?=\$|\s|$)", solution))):
+        if match.group(1):
+            return match.group(1)
+        depth = 1
+        for end in range(match.end(), len(solution)):
+            depth += {"{": 1, "}": -1}.get(solution[end], 0)
+            if depth == 0:
+                return solution[match.end() : end].strip() or None
+    return None
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)

@@ -1,0 +1,48 @@
+"""From a data record to the tokens that the model is asked to continue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from areal_jax.data.config import DataConfig
+from areal_jax.data.formats import Record
+
+
+def render_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[int]:
+    """Token ids of `record`'s prompt, with the checkpoint's chat template where `config.template` says so.
+
+    A record has "prompt" (text) or "messages" (chat turns). `config.prompt_suffix` is added to the text (of the last
+    turn), `config.system_prompt` goes before everything. Raises ValueError where the template is missing.
+    """
+    if use_chat(tokenizer, config, record):
+        return [
+            int(token)
+            for token in tokenizer.apply_chat_template(
+                chat_messages(record, config), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        ]
+    text = record["prompt"] + config.prompt_suffix
+    if config.system_prompt:
+        text = config.system_prompt + "\n\n" + text
+    return [int(token) for token in tokenizer.encode(text)]
+
+
+def chat_messages(record: Record, config: DataConfig) -> list[dict[str, str]]:
+    """`record` as chat turns, with the system prompt and the suffix of `config`."""
+    turns = [dict(turn) for turn in record.get("messages") or [{"role": "user", "content": record["prompt"]}]]
+    turns[-1]["content"] += config.prompt_suffix
+    if config.system_prompt and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": config.system_prompt})
+    return turns
+
+
+def use_chat(tokenizer: Any, config: DataConfig, record: Record) -> bool:
+    """Whether the record is rendered through the chat template; raises ValueError when it must be but cannot."""
+    if config.template not in ("auto", "chat", "none"):
+        raise ValueError(f"data.template must be 'auto', 'chat' or 'none', not '{config.template}'")
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    wants = config.template == "chat" or "messages" in record or (config.template == "auto" and has_template)
+    if wants and not has_template:
+        why = "data.template='chat'" if config.template == "chat" else "a record with 'messages'"
+        raise ValueError(f"{why} needs a chat template, and the checkpoint's tokenizer has none")
+    return wants

@@ -1,0 +1,54 @@
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from areal_jax.data.config import DataConfig
+from areal_jax.data.prompts import render_prompt
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    characters = ["</s>", "<user>", "<system>", "<assistant>", *"abcdefghijklmnopqrstuvwxyz \n"]
+    raw = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="</s>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.add_special_tokens(characters[:4])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+
+
+def text(tokens, tokenizer):
+    return "".join(tokenizer.convert_ids_to_tokens(tokens))
+
+
+def test_plain_text_with_system_prompt_and_suffix(tokenizer):
+    config = DataConfig(system_prompt="be kind", prompt_suffix=" now")
+    assert text(render_prompt({"prompt": "go"}, tokenizer, config), tokenizer) == "be kind\n\ngo now"
+
+
+def test_the_chat_template_is_used_where_there_is_one(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    try:
+        config = DataConfig(system_prompt="s", prompt_suffix=" x")
+        expected = "<system>s</s><user>go x</s><assistant>"
+        assert text(render_prompt({"prompt": "go"}, tokenizer, config), tokenizer) == expected
+        record = {"messages": [{"role": "system", "content": "own"}, {"role": "user", "content": "go"}]}
+        tokens = render_prompt(record, tokenizer, config)
+        assert text(tokens, tokenizer) == "<system>own</s><user>go x</s><assistant>"
+        assert all(type(token) is int for token in tokens)
+        assert record["messages"][1]["content"] == "go"  # the record itself is left alone
+        assert text(render_prompt({"prompt": "go"}, tokenizer, DataConfig(template="none")), tokenizer) == "go"
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_a_missing_template_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="needs a chat template"):
+        render_prompt({"prompt": "go"}, tokenizer, DataConfig(template="chat"))
+    with pytest.raises(ValueError, match="needs a chat template"):
+        render_prompt({"messages": [{"role": "user", "content": "go"}]}, tokenizer, DataConfig())
+    with pytest.raises(ValueError, match=r"data\.template"):
+        render_prompt({"prompt": "go"}, tokenizer, DataConfig(template="chta"))

@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from areal_jax.data.config import DataConfig
+from areal_jax.data.readers import DataError, load_dataset
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def write(path, *records):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
+    return str(path)
+
+
+def test_gsm8k_answers_are_the_number_after_the_marker(tmp_path):
+    source = {"question": "How many?", "answer": "2*600=<<2*600=1200>>1200\n#### 1,200"}
+    (record,) = load_dataset(write(tmp_path / "a.jsonl", source))
+    assert (record["prompt"], record["answer"]) == ("How many?", "1200")
+
+
+def test_prompt_answer_records_keep_their_other_fields(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "2+2", "answer": 4, "level": "easy"}, "", {"prompt": "x"})
+    data = load_dataset(path)
+    assert [dict(r) for r in data] == [{"prompt": "2+2", "answer": "4", "level": "easy"}, {"prompt": "x"}]
+
+
+def test_math_takes_the_last_box_with_nested_braces(tmp_path):
+    source = {"problem": "p", "solution": r"so \boxed{1} and then $\boxed{\frac{1}{\sqrt{2}}}$.", "level": "Level 5"}
+    (record,) = load_dataset(write(tmp_path / "a.jsonl", source))
+    assert record["answer"] == r"\frac{1}{\sqrt{2}}" and record["level"] == "Level 5"
+
+
+def test_json_and_parquet_hold_the_same_records(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    sources = [{"prompt": f"p{i}", "answer": str(i)} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(sources))
+    (tmp_path / "b.json").write_text(json.dumps({"data": sources}))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(sources), tmp_path / "c.parquet")
+    for name in ("a.json", "b.json", "c.parquet"):
+        assert list(load_dataset(str(tmp_path / name))) == sources, name
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', r"a.jsonl:2: bad record: not valid JSON"),
+        ("[1]", r"a.jsonl:2: bad record: it is a list"),
+        ('{"answer": "1"}', r"a.jsonl:2: bad record: it has no 'prompt'"),
+        ('{"prompt": ""}', r"a.jsonl:2: bad record: its 'prompt' is not text"),
+        ('{"messages": [{"role": "user"}]}', r"a.jsonl:2: bad record: its 'messages'"),
+        ('"text"', r"a.jsonl:2: bad record: it is a text"),
+    ],
+)
+def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": "1"}, line, {"prompt": "q", "answer": "2"})
+    with pytest.raises(DataError, match=message):
+        load_dataset(path)
+    data = load_dataset(path, DataConfig(bad_record="skip"))
+    assert len(data) == 2 and len(data.skipped) == 1 and "a.jsonl:2" in data.skipped[0]
+
+
+def test_missing_empty_and_unknown_data_are_errors(tmp_path):
+    for spec, message in [
+        (str(tmp_path / "none.jsonl"), "does not exist"),
+        (write(tmp_path / "empty.jsonl"), "is empty"),
+        (write(tmp_path / "a.txt", {}), "unknown kind"),
+        (write(tmp_path / "other.jsonl", {"text": "x"}), "fit no known format"),
+        ("", "no data set given"),
+        ("arithmetic:counts=3", "'counts=3'"),
+        ("arithmetic:min_terms=9", "2 <= min_terms <= max_terms"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            load_dataset(spec)
+
+
+def test_arithmetic_is_right_repeatable_and_of_the_lengths_asked():
+    data = load_dataset("arithmetic:count=300,seed=3,min_terms=2,max_terms=5")
+    again = load_dataset("arithmetic:count=300,seed=3,min_terms=2,max_terms=5")
+    other = load_dataset("arithmetic:count=300,seed=4,min_terms=2,max_terms=5")
+    assert list(data) == list(again) != list(other)
+    assert {record["prompt"].count("+") + 1 for record in data} == {2, 3, 4, 5}
+    for record in data:
+        terms = [int(t) for t in record["prompt"][:-1].split("+")]
+        assert int(record["answer"]) == sum(terms)
+        steps, _, final = record["solution"].partition("####")
+        assert final == record["answer"]
+        for term, step in zip(terms[1:], steps.split(";")):
+            left, right = step.split("=")
+            assert eval(left) == int(right) and left.endswith(f"+{term}")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared GSM8K files")
+def test_the_real_gsm8k_files_are_read_whole():
+    for name, count in (("gsm8k_train", 7473), ("gsm8k_test", 1319)):
+        data = load_dataset(str(SHARED / f"{name}.jsonl"))
+        assert len(data) == count
+        assert all(float(record["answer"]) == float(record["answer"]) for record in data)
