@@ -1,0 +1,203 @@
+"""The model: a frozen description (architecture and run-time choices) with pure functions of a parameter tree.
+
+`Model` holds no arrays and is hashable, so it can be closed over or be a static argument of `jax.jit`. The parameters
+are a plain tree of nested dicts. The Flax NNX network is split into the two at birth, and merged again only while
+tracing.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from areal_jax.models import decode, logprobs, sharding
+from areal_jax.models.attention import attention
+from areal_jax.models.config import ModelConfig, ModelError
+from areal_jax.models.transformer import Decoder, Lora
+
+Params = dict[str, Any]
+
+# What the backward pass keeps of a layer besides its input; the rest is computed again.
+REMAT = {
+    "none": (),
+    "full": (),
+    "attention": ("attention_out",),
+    "attention_qkv": ("qkv", "attention_out"),
+    "attention_mlp": ("qkv", "attention_out", "mlp_gate", "mlp_up"),
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _blueprint(config: ModelConfig, lora: Lora | None):
+    """(graphdef, tree of shapes, tree of logical axes) of the network, without any array."""
+    module = nnx.eval_shape(lambda: Decoder(config, lora, jax.random.key(0)))
+    graphdef, state = nnx.split(module, nnx.Param, graph=False)
+    axes = jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder-only transformer as pure functions of `params`. Change the run-time choices with `with_`.
+
+    Rows are packed: `tokens`, `positions` and `segment_ids` are int32 `[B, T]`; a segment is contiguous in its row, its
+    positions count from 0, and segment id 0 is padding. Logits, log-probs and entropies are float32 always.
+    """
+
+    config: ModelConfig
+    compute_dtype: Any = "float32"
+    attention: str = "auto"  # xla | cudnn | auto: cudnn on an NVIDIA GPU that can, else xla
+    remat: str = "none"  # one of REMAT
+    lora: Lora | None = None
+    mesh: Mesh | None = None
+    rules: sharding.Rules = sharding.RULES
+
+    def __post_init__(self):
+        object.__setattr__(self, "compute_dtype", jnp.dtype(self.compute_dtype).name)
+        if self.remat not in REMAT:
+            raise ModelError(f"remat policy {self.remat!r} is unknown; known: {', '.join(REMAT)}")
+
+    def with_(self, **changes) -> "Model":
+        """The same model with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    # -- parameters ------------------------------------------------------------------------------------------------
+
+    def abstract_params(self, param_dtype=jnp.float32) -> Params:
+        """The tree of `jax.ShapeDtypeStruct`: the single source for init, sharding, restore and load.
+
+        With a mesh, each entry carries its sharding.
+        """
+        shapes = _blueprint(self.config, self.lora)[1]
+        if self.mesh is None:
+            return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, param_dtype), shapes)
+        return jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, param_dtype, sharding=where), shapes, self.param_shardings()
+        )
+
+    def logical_axes(self) -> Params:
+        """The logical axis names of every parameter, as a tree of tuples of strings."""
+        return _blueprint(self.config, self.lora)[2]
+
+    def param_shardings(self) -> Params:
+        """The tree of shardings on this model's mesh (which must be set)."""
+        if self.mesh is None:
+            raise ModelError("param_shardings needs a mesh; use model.with_(mesh=...)")
+        return sharding.tree_shardings(
+            self.mesh, self.logical_axes(), _blueprint(self.config, self.lora)[1], self.rules
+        )
+
+    def init(self, rng: jax.Array, param_dtype=jnp.float32) -> Params:
+        """Random parameters: normal with the config's `init_std`, norms one, biases zero; born on their shards.
+
+        The values depend on `rng` alone, not on the mesh.
+        """
+        return _init(self, rng, jnp.dtype(param_dtype).name)
+
+    def num_params(self) -> int:
+        """The number of parameters (a tied head counts once)."""
+        return sum(s.size for s in jax.tree.leaves(_blueprint(self.config, self.lora)[1]))
+
+    # -- training forward ------------------------------------------------------------------------------------------
+
+    def hidden(self, params: Params, tokens, positions, segment_ids) -> jax.Array:
+        """Hidden states after the final norm, `[B, T, D]` in compute dtype."""
+        net, place = self._network(params), self._place
+        rope = net.rope(positions)
+
+        def attend(q, k, v, state):
+            q, k, v = place(q, *_Q), place(k, *_KV), place(v, *_KV)
+            implementation = "xla" if self.attention == "auto" else self.attention
+            out = attention(q, k, v, segment_ids, window=self.config.sliding_window, implementation=implementation)
+            return place(out, *_Q), state
+
+        stacked, block = net.split_layers()
+
+        def layer(x, params):
+            x, _ = block(params)(place(x, "batch", None, None), rope, attend, None)
+            return place(x, "batch", None, None), None
+
+        if self.remat != "none":
+            keep = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
+            layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+        x = place(net.embed(tokens, self.compute_dtype), "batch", None, None)
+        x, _ = jax.lax.scan(layer, x, stacked)
+        return net.normalize(x)
+
+    def logits(self, params: Params, tokens, positions, segment_ids) -> jax.Array:
+        """Next-token logits, float32 `[B, T, V]`. For training use `token_logprobs`, which never holds this array."""
+        hidden = self.hidden(params, tokens, positions, segment_ids)
+        return logprobs.head_logits(hidden, self._network(params).head_weights())
+
+    def token_logprobs(self, params: Params, tokens, positions, segment_ids, temperature=1.0):
+        """Log-prob of every token given those before it in its segment, and the entropy it was drawn from.
+
+        Args:
+          params: the tree of parameters.
+          tokens, positions, segment_ids: int32 `[B, T]`.
+          temperature: what the logits are divided by; a positive scalar, not differentiated.
+
+        Returns:
+          `(logprobs, entropy)`, float32 `[B, T]` in nats, aligned with the token: entry t speaks of tokens[t]. Both are
+          0 at the first token of each segment and at padding.
+        """
+        hidden = self.hidden(params, tokens, positions, segment_ids)
+        # Entry t needs the hidden state of t - 1; what wraps around in the first column is masked below.
+        previous = jnp.roll(hidden, 1, axis=1)
+        shards = self._place.batch_shards(tokens.shape[0])
+        flat = previous.reshape(shards, -1, previous.shape[-1])
+        chunk = logprobs.chunk_size(flat.shape[1], self.config.vocab_size)
+        logprob, entropy = logprobs.chunked_logprobs(
+            self._place(flat, "batch", None, None),
+            self._network(params).head_weights(),
+            self._place(tokens.reshape(shards, -1), "batch", None),
+            jnp.asarray(temperature, jnp.float32),
+            chunk,
+            self._place,
+        )
+        same = (segment_ids == jnp.roll(segment_ids, 1, axis=1)) & (segment_ids != 0)
+        scored = same & (jnp.arange(tokens.shape[1]) > 0)[None]
+        return tuple(jnp.where(scored, x.reshape(tokens.shape), 0.0) for x in (logprob, entropy))
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    def init_cache(self, slots: int, length: int, dtype=None) -> dict[str, jax.Array]:
+        """An empty cache for `slots` sequences of at most `length` tokens; dtype defaults to compute dtype."""
+        return decode.init_cache(self, slots, length, dtype)
+
+    def prefill(self, params: Params, cache, tokens, lengths, slots):
+        """Writes prompts into cache slots; see `decode.prefill`."""
+        return decode.prefill(self, params, cache, tokens, lengths, slots)
+
+    def decode(self, params: Params, cache, tokens, positions):
+        """One generation step of every slot; see `decode.step`."""
+        return decode.step(self, params, cache, tokens, positions)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _place(self) -> sharding.Place:
+        return sharding.Place(self.mesh, self.rules)
+
+    def _network(self, params: Params) -> Decoder:
+        return nnx.merge(_blueprint(self.config, self.lora)[0], params)
+
+
+_Q, _KV = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _init(model: Model, rng: jax.Array, param_dtype: str) -> Params:
+    module = Decoder(model.config, model.lora, rng)
+    params = nnx.to_pure_dict(nnx.split(module, nnx.Param, graph=False)[1])
+    params = jax.tree.map(lambda x: x.astype(param_dtype), params)
+    return params if model.mesh is None else jax.lax.with_sharding_constraint(params, model.param_shardings())
+
+
+def param_shardings(model: Model, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Params:
+    """The tree of `NamedSharding` of the model's parameters on `mesh`; fits the optimizer's moments as well."""
+    return model.with_(mesh=mesh, rules=rules).param_shardings()
