@@ -1,0 +1,1 @@
+"""Typed messages (`messages`) over ZeroMQ (`sockets`): how the roles talk. No jax, no pickle."""

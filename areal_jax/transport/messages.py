@@ -103,6 +103,7 @@ class Hello(Message, tag="hello"):
     slots: int = 0  # rollout: how many samples it runs at once
     version: int = -1  # rollout: the weights it has; -1 for none
     endpoint: str = ""  # rewards: where it listens
+    running: list[tuple[int, int, int]] = []  # rollout, after a lost controller: (group, sample, attempt) it works on
 
 
 class Heartbeat(Message, tag="heartbeat"):

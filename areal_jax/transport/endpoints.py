@@ -1,0 +1,133 @@
+"""Where servers are: one small file per server below the run's folder, and the CURVE keys beside it.
+
+A server that binds any free port writes its real endpoint to `WORKDIR/endpoints/NAME`; clients wait for that file.
+Keys are made once per run by `make_keys`: one pair for all servers, one for all clients, in files of mode 0600.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from areal_jax.transport.errors import EndpointMissing, KeysMissing, TransportError
+
+
+def write_endpoint(workdir: str | Path, name: str, endpoint: str) -> None:
+    """Announce atomically that server `name` listens at `endpoint`."""
+    folder = Path(workdir) / "endpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{name}.{os.getpid()}"
+    draft.write_text(endpoint)
+    draft.replace(folder / name)
+
+
+def read_endpoint(workdir: str | Path, name: str) -> str | None:
+    """The endpoint that server `name` announced last, or None."""
+    try:
+        return (Path(workdir) / "endpoints" / name).read_text() or None
+    except FileNotFoundError:
+        return None
+
+
+def missing(workdir: str | Path, name: str, waited: float) -> EndpointMissing:
+    return EndpointMissing(
+        f"waited {waited:.1f} s for {name} to announce its address in {Path(workdir) / 'endpoints' / name}; "
+        f"is that process running, and with this --workdir?"
+    )
+
+
+def wait_endpoint(workdir: str | Path, name: str, timeout: float) -> str:
+    """Block until server `name` has announced its endpoint; raises `EndpointMissing` after `timeout` seconds."""
+    started = time.monotonic()
+    while (endpoint := read_endpoint(workdir, name)) is None:
+        if time.monotonic() - started >= timeout:
+            raise missing(workdir, name, timeout)
+        time.sleep(0.02)
+    return endpoint
+
+
+# --- Addresses -----------------------------------------------------------------------------------------------------
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """("host", "port") of a tcp address; raises `TransportError` for anything else."""
+    scheme, _, rest = address.partition("://")
+    host, colon, port = rest.rpartition(":")
+    if scheme != "tcp" or not colon or not host or not (port == "*" or (port.isdigit() and int(port) < 65536)):
+        raise TransportError(f"{address!r} is not an address; write tcp://HOST:PORT or tcp://HOST:* for any free port")
+    return host, port
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only processes of this host can reach `address`."""
+    host, _ = split_address(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def reachable(bound: str) -> str:
+    """What clients should connect to when a socket is bound to `bound`: wildcards become this host's name."""
+    host, port = split_address(bound)
+    return f"tcp://{socket.gethostname()}:{port}" if host in ("0.0.0.0", "*", "[::]") else bound
+
+
+# --- CURVE keys ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """Z85-encoded CURVE keys of one run. A host that only runs clients needs no server secret."""
+
+    server_public: bytes
+    client_public: bytes
+    client_secret: bytes
+    server_secret: bytes | None
+
+    def __repr__(self) -> str:  # secrets never reach a log
+        return f"Keys(server_public={self.server_public!r})"
+
+
+def make_keys(workdir: str | Path) -> Path:
+    """Make the run's CURVE keys in `WORKDIR/keys` (0700, files 0600), unless they are there. Returns the folder."""
+    folder = Path(workdir) / "keys"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    for owner in ("server", "client"):
+        if (folder / f"{owner}.public").exists() and (folder / f"{owner}.secret").exists():
+            continue
+        public, secret = zmq.curve_keypair()
+        for kind, key in (("secret", secret), ("public", public)):
+            draft = folder / f".{owner}.{kind}"
+            draft.unlink(missing_ok=True)
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(key)
+            draft.replace(folder / f"{owner}.{kind}")
+    return folder
+
+
+def load_keys(workdir: str | Path) -> Keys | None:
+    """The run's keys, or None where the run has none; raises `KeysMissing` for half a set."""
+    folder = Path(workdir) / "keys"
+    if not folder.is_dir():
+        return None
+    try:
+        read = {name: (folder / name).read_bytes() for name in ("server.public", "client.public", "client.secret")}
+        server_secret = (folder / "server.secret").read_bytes() if (folder / "server.secret").exists() else None
+    except OSError as error:
+        raise KeysMissing(f"the run's keys in {folder} cannot be read ({error.strerror}: {error.filename})") from None
+    return Keys(
+        server_public=read["server.public"],
+        client_public=read["client.public"],
+        client_secret=read["client.secret"],
+        server_secret=server_secret,
+    )
