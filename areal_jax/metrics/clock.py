@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 
 class Clock:
     """Time spent in each phase since construction; safe to use from several threads.
 
     There is one current phase at a time, whoever set it last: let one thread of a process (or one event loop) do so.
-    `time_source` returns seconds that never decrease.
+    `time_source` returns seconds that never decrease. With `trace`, a path, every phase that ended is appended there as a
+    JSON line {"phase", "start", "end"} in seconds since the epoch: the timeline of the process (`tools/report.py`).
     """
 
-    def __init__(self, initial: str = "starting", time_source: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        initial: str = "starting",
+        time_source: Callable[[], float] = time.monotonic,
+        trace: str | os.PathLike | None = None,
+    ):
         self._time = time_source
+        self._epoch = time.time() - time_source()
+        self._trace = _open_trace(trace) if trace else None
         self._lock = threading.Lock()
-        self._born = self._since = time_source()
+        self._born = self._since = self._traced_since = time_source()
         self._phase = initial
         self._totals: dict[str, float] = {}
 
@@ -32,6 +43,10 @@ class Clock:
         with self._lock:
             previous, now = self._phase, self._time()
             self._totals[previous] = self._totals.get(previous, 0.0) + now - self._since
+            if self._trace and name != previous:
+                span = {"phase": previous, "start": self._epoch + self._traced_since, "end": self._epoch + now}
+                self._trace.write(json.dumps(span) + "\n")
+                self._traced_since = now
             self._phase, self._since = name, now
             return previous
 
@@ -54,6 +69,16 @@ class Clock:
     def age(self) -> float:
         """Seconds since construction."""
         return self._time() - self._born
+
+
+def _open_trace(path: str | os.PathLike) -> TextIO:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def trace_path(workdir: str | os.PathLike, name: str) -> str:
+    """Where the timeline of process `name` lies in a run's folder."""
+    return os.path.join(workdir, "timeline", f"{name}.jsonl")
 
 
 def idle_fraction(totals: dict[str, float]) -> float:

@@ -1,8 +1,9 @@
+import json
 import threading
 
 import pytest
 
-from areal_jax.metrics.clock import Clock, idle_fraction
+from areal_jax.metrics.clock import Clock, idle_fraction, trace_path
 
 
 class Seconds:
@@ -57,3 +58,16 @@ def test_threads_lose_no_time():
 def test_idle_fraction_leaves_out_the_start():
     assert idle_fraction({"starting": 50, "training": 6, "waiting:batch": 3, "idle": 1}) == 0.4
     assert idle_fraction({}) == 0.0
+
+
+def test_a_trace_holds_every_phase_without_gaps(tmp_path):
+    time = Seconds()
+    path = trace_path(tmp_path, "rollout-0")
+    clock = Clock(time_source=time, trace=path)
+    for phase in ("generating", "generating", "idle", "generating"):
+        time.now += 1.5
+        clock.enter(phase)
+    spans = [json.loads(line) for line in open(path)]
+    assert [span["phase"] for span in spans] == ["starting", "generating", "idle"]
+    assert [round(span["end"] - span["start"], 3) for span in spans] == [1.5, 3.0, 1.5]
+    assert all(a["end"] == b["start"] for a, b in zip(spans, spans[1:], strict=False))
