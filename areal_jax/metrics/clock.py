@@ -15,8 +15,8 @@ class Clock:
     """Time spent in each phase since construction; safe to use from several threads.
 
     There is one current phase at a time, whoever set it last: let one thread of a process (or one event loop) do so.
-    `time_source` returns seconds that never decrease. With `trace`, a path, every phase that ended is appended there as a
-    JSON line {"phase", "start", "end"} in seconds since the epoch: the timeline of the process (`tools/report.py`).
+    `time_source` returns seconds that never decrease. With `trace`, a path, every phase that ended is appended there as
+    a JSON line {"phase", "start", "end"} in seconds since the epoch: the timeline of the process (`tools/report.py`).
     """
 
     def __init__(

@@ -1,5 +1,7 @@
+import itertools
 import json
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -67,7 +69,7 @@ def test_a_trace_holds_every_phase_without_gaps(tmp_path):
     for phase in ("generating", "generating", "idle", "generating"):
         time.now += 1.5
         clock.enter(phase)
-    spans = [json.loads(line) for line in open(path)]
+    spans = [json.loads(line) for line in Path(path).read_text().splitlines()]
     assert [span["phase"] for span in spans] == ["starting", "generating", "idle"]
     assert [round(span["end"] - span["start"], 3) for span in spans] == [1.5, 3.0, 1.5]
-    assert all(a["end"] == b["start"] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a["end"] == b["start"] for a, b in itertools.pairwise(spans))
