@@ -96,7 +96,7 @@ def _backward(chunk, place, residuals, cotangents):
         z = place(head_logits(h, gathered), "batch", None, "vocab") / temperature
         log_p = z - lse[..., None]
         p = jnp.exp(log_p)
-        d_z = d_logprob[..., None] * (_is_target(target, z.shape[-1]) - p)
+        d_z = d_logprob[..., None] * (_is_target(target, z.shape[-1]).astype(jnp.float32) - p)
         d_z -= d_entropy[..., None] * p * (log_p + ent[..., None])
         d_z = (d_z / temperature).astype(h.dtype)
         d_head = place(d_head + matmul("rcv,rcd->rvd", d_z, h), "batch", "vocab", None)

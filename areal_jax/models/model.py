@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from areal_jax.models import decode, logprobs, sharding
-from areal_jax.models.attention import attention
+from areal_jax.models import attention as attention_lib
+from areal_jax.models import attention_cudnn, decode, logprobs, sharding
 from areal_jax.models.config import ModelConfig, ModelError
 from areal_jax.models.transformer import Decoder, Lora
 
@@ -51,6 +51,7 @@ class Model:
     config: ModelConfig
     compute_dtype: Any = "float32"
     attention: str = "auto"  # xla | cudnn | auto: cudnn on an NVIDIA GPU that can, else xla
+    max_segments: int = 64  # for cudnn: the most segments in a row; a row with more gives NaN, never a wrong number
     remat: str = "none"  # one of REMAT
     lora: Lora | None = None
     mesh: Mesh | None = None
@@ -60,6 +61,9 @@ class Model:
         object.__setattr__(self, "compute_dtype", jnp.dtype(self.compute_dtype).name)
         if self.remat not in REMAT:
             raise ModelError(f"remat policy {self.remat!r} is unknown; known: {', '.join(REMAT)}")
+        if self.attention not in attention_lib.IMPLEMENTATIONS:
+            known = ", ".join(attention_lib.IMPLEMENTATIONS)
+            raise ModelError(f"attention implementation {self.attention!r} is unknown; known: {known}")
 
     def with_(self, **changes) -> "Model":
         """The same model with some fields replaced."""
@@ -106,14 +110,19 @@ class Model:
 
     def hidden(self, params: Params, tokens, positions, segment_ids) -> jax.Array:
         """Hidden states after the final norm, `[B, T, D]` in compute dtype."""
-        net, place = self._network(params), self._place
+        net, place, c = self._network(params), self._place, self.config
         rope = net.rope(positions)
+        implementation = attention_lib.resolve(
+            self.attention, self.compute_dtype, heads=c.num_heads, kv_heads=c.num_kv_heads, head_dim=c.head_dim
+        )
 
         def attend(q, k, v, state):
-            q, k, v = place(q, *_Q), place(k, *_KV), place(v, *_KV)
-            implementation = "xla" if self.attention == "auto" else self.attention
-            out = attention(q, k, v, segment_ids, window=self.config.sliding_window, implementation=implementation)
-            return place(out, *_Q), state
+            q, k, v = (place(x, *_HEADS, like=k) for x in (q, k, v))
+            out = attention_lib.attention(
+                q, k, v, segment_ids,
+                window=c.sliding_window, implementation=implementation, max_segments=self.max_segments,
+            )  # fmt: skip
+            return place(out, *_HEADS, like=k), state
 
         stacked, block = net.split_layers()
 
@@ -122,8 +131,7 @@ class Model:
             return place(x, "batch", None, None), None
 
         if self.remat != "none":
-            keep = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
-            layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=_policy(self.remat, implementation), prevent_cse=False)
         x = place(net.embed(tokens, self.compute_dtype), "batch", None, None)
         x, _ = jax.lax.scan(layer, x, stacked)
         return net.normalize(x)
@@ -187,7 +195,22 @@ class Model:
         return nnx.merge(_blueprint(self.config, self.lora)[0], params)
 
 
-_Q, _KV = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+# Queries are split as their keys are: where the key/value heads do not divide, neither do the groups of queries.
+_HEADS = ("batch", None, "kv_heads", None)
+
+
+def _policy(remat: str, implementation: str):
+    """What `jax.checkpoint` keeps; of the flash kernel its own outputs, which its backward pass needs."""
+    names = set(REMAT[remat])
+    if implementation != "cudnn" or "attention_out" not in names:
+        return jax.checkpoint_policies.save_only_these_names(*names)
+    named = jax.checkpoint_policies.save_only_these_names(*(names - {"attention_out"}))
+
+    def keep(primitive, *args, **params):
+        kernel = primitive.name.startswith(attention_cudnn.FORWARD_PRIMITIVE)
+        return kernel or named(primitive, *args, **params)
+
+    return keep
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

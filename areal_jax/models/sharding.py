@@ -85,10 +85,12 @@ class Place:
     mesh: Mesh | None
     rules: Rules = RULES
 
-    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+    def __call__(self, x: jax.Array, *axes: str | None, like: jax.Array | None = None) -> jax.Array:
+        """`x`, split as an array of the shape of `like` (default x itself) with these axes is."""
         if self.mesh is None or self.mesh.size == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, x.shape, self.rules))
+        shape = x.shape if like is None else like.shape
+        return jax.lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, shape, self.rules))
 
     def batch_shards(self, rows: int) -> int:
         """Into how many parts a batch of `rows` rows is split."""
