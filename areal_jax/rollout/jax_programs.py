@@ -1,0 +1,191 @@
+"""The few compiled programs of the embedded engine, and their fixed shapes.
+
+A prefill runs `prefill_rows` prompts of one length bucket and samples their next token; a decode advances every slot by up to
+`steps` tokens. The cache is only as long as the longest running sequence needs, again in buckets: short sequences do not pay
+for `max_length`. A sequence's bucket of prefill is that of its own length, so that its numbers do not depend on its company.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from areal_jax.rollout.sampling import draw, forbid, request_keys, sampling_logprobs
+
+MAX_STOP_TOKENS = 16
+
+
+class Rows(NamedTuple):
+    """What the programs know of each sequence; numpy arrays on the host, one row per slot."""
+
+    token: np.ndarray  # int32 [S]: the last token, not yet in the cache
+    position: np.ndarray  # int32 [S]: its index
+    remaining: np.ndarray  # int32 [S]: tokens that may still be sampled; 0 for an idle slot
+    forced: np.ndarray  # int32 [S]: of these, how many must not be a stop token
+    temperature: np.ndarray  # float32 [S]
+    top_k: np.ndarray  # int32 [S]
+    top_p: np.ndarray  # float32 [S]
+    stop: np.ndarray  # int32 [S, MAX_STOP_TOKENS], -1 for none
+    identity: np.ndarray  # int32 [S, 3]: run seed, group, sample
+
+    @classmethod
+    def idle(cls, n: int) -> Rows:
+        """`n` rows that nothing is sampled for."""
+        zeros = functools.partial(np.zeros, n, np.int32)
+        ones = functools.partial(np.ones, n, np.float32)
+        stop = np.full((n, MAX_STOP_TOKENS), -1, np.int32)
+        return cls(zeros(), zeros(), zeros(), zeros(), ones(), zeros(), ones(), stop, np.zeros((n, 3), np.int32))
+
+    def take(self, indices) -> Rows:
+        """Copies of some rows."""
+        return Rows(*(column[indices] for column in self))
+
+
+def powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:
+    """Buckets from `smallest`, doubling, the last one exactly `largest`."""
+    buckets = []
+    while smallest < largest:
+        buckets.append(smallest)
+        smallest *= 2
+    return (*buckets, largest)
+
+
+def bucket(buckets: tuple[int, ...], n: int) -> int:
+    """The smallest bucket that holds `n`."""
+    return next(b for b in buckets if b >= n)
+
+
+class Programs:
+    """Compiled functions over (params, cache, rows); shapes come from `lengths`, `slots`, `steps` and `prefill_rows` alone.
+
+    `model` needs `init_cache(slots, length, dtype)`, whose arrays begin with `[layers, slots, length]`,
+    `prefill(params, cache, tokens, lengths, slots)` and `decode(params, cache, tokens, positions)`.
+    """
+
+    def __init__(self, model, *, slots: int, max_length: int, steps: int, prefill_rows: int = 8, dtype: Any = "float32"):
+        self.slots, self.steps, self.prefill_rows = slots, steps, prefill_rows
+        self.lengths = powers_of_two(min(32, max_length), max_length)
+        self._model, self._dtype = model, jnp.dtype(dtype)
+        self._prefill = jax.jit(functools.partial(_prefill, model, self._dtype))
+        self._decode = jax.jit(functools.partial(_decode, model, steps), donate_argnums=1)
+        self._insert = jax.jit(_insert, donate_argnums=0)
+        self._resize = jax.jit(_resize, static_argnums=1)
+        self._compiled = 0
+
+    def new_cache(self, length: int):
+        """An empty cache of `length` (one of `lengths`) for all slots."""
+        return self._model.init_cache(self.slots, length, self._dtype)
+
+    def prefill(self, params, tokens, lengths, rows: Rows):
+        """Runs int32 `[prefill_rows, P]` `tokens`; returns (their part of the cache, next tokens, log-probs)."""
+        return self._prefill(params, tokens, lengths, rows)
+
+    def insert(self, cache, part, slots):
+        """Writes a prefill's part of the cache into `slots` (out of range: nowhere)."""
+        return self._insert(cache, part, slots)
+
+    def decode(self, params, cache, rows: Rows):
+        """Up to `steps` tokens for every row with `remaining`; returns (cache, tokens `[steps, S]`, log-probs)."""
+        return self._decode(params, cache, rows)
+
+    def resize(self, cache, length: int):
+        """The cache cut or padded to `length`."""
+        return self._resize(cache, length)
+
+    def warm_up(self, params) -> None:
+        """Compiles every program that can ever be called."""
+        rows, few = Rows.idle(self.slots), Rows.idle(self.prefill_rows)
+        lengths, nowhere = np.zeros(self.prefill_rows, np.int32), np.full(self.prefill_rows, self.slots, np.int32)
+        for length in self.lengths:
+            cache, _, _ = self.decode(params, self.new_cache(length), rows)
+            for width in self.lengths:
+                part, _, _ = self.prefill(params, np.zeros((self.prefill_rows, width), np.int32), lengths, few)
+                if width <= length:
+                    cache = self.insert(cache, part, nowhere)
+                if width != length:
+                    self.resize(cache, width)
+            jax.block_until_ready(cache)
+        self._compiled = self._cached()
+
+    def recompiles(self) -> int:
+        """Programs compiled since `warm_up`; anything but 0 is a fault."""
+        return self._cached() - self._compiled
+
+    def _cached(self) -> int:
+        return sum(f._cache_size() for f in (self._prefill, self._decode, self._insert, self._resize))
+
+
+def _sample(logits, rows: Rows, keys, position, forced):
+    logits = forbid(logits, rows.stop, forced > 0)
+    logprobs = sampling_logprobs(logits, rows.temperature, rows.top_k, rows.top_p)
+    return draw(logprobs, keys, position, rows.temperature)
+
+
+def _prefill(model, dtype, params, tokens, lengths, rows: Rows):
+    count, width = tokens.shape
+    cache = model.init_cache(count, width, dtype)
+    logits, cache = model.prefill(params, cache, tokens, lengths, jnp.arange(count, dtype=jnp.int32))
+    token, logprob = _sample(logits, rows, request_keys(rows.identity), lengths, rows.forced)
+    return cache, token, logprob
+
+
+def _insert(cache, part, slots):
+    def write(whole, piece):
+        return whole.at[:, slots, : piece.shape[2]].set(piece, mode="drop")
+
+    return jax.tree.map(write, cache, part)
+
+
+def _resize(cache, length: int):
+    def resized(x):
+        padding = [(0, max(0, length - x.shape[2])) if axis == 2 else (0, 0) for axis in range(x.ndim)]
+        return jnp.pad(x[:, :, :length], padding)
+
+    return jax.tree.map(resized, cache)
+
+
+class _Loop(NamedTuple):
+    step: jax.Array
+    cache: Any
+    token: jax.Array
+    position: jax.Array
+    remaining: jax.Array
+    forced: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array
+
+
+def _decode(model, steps: int, params, cache, rows: Rows):
+    keys = request_keys(rows.identity)
+    slots = rows.token.shape[0]
+
+    def unfinished(loop: _Loop):
+        return (loop.step < steps) & jnp.any(loop.remaining > 0)
+
+    def advance(loop: _Loop):
+        active = loop.remaining > 0
+        # An idle slot writes at its start, which the next prefill overwrites.
+        logits, cache = model.decode(params, loop.cache, loop.token, jnp.where(active, loop.position, 0))
+        token, logprob = _sample(logits, rows, keys, loop.position + 1, loop.forced)
+        token = jnp.where(active, token, loop.token)
+        stopped = jnp.any(token[:, None] == rows.stop, axis=1)
+        one = active.astype(jnp.int32)
+        return _Loop(
+            step=loop.step + 1,
+            cache=cache,
+            token=token,
+            position=loop.position + one,
+            remaining=jnp.where(stopped, 0, loop.remaining - one),
+            forced=loop.forced - one,
+            tokens=jax.lax.dynamic_update_index_in_dim(loop.tokens, token, loop.step, 0),
+            logprobs=jax.lax.dynamic_update_index_in_dim(loop.logprobs, logprob, loop.step, 0),
+        )
+
+    nothing = (jnp.zeros((steps, slots), jnp.int32), jnp.zeros((steps, slots), jnp.float32))
+    start = _Loop(jnp.int32(0), cache, rows.token, rows.position, rows.remaining, rows.forced, *nothing)
+    end = jax.lax.while_loop(unfinished, advance, start)
+    return end.cache, end.tokens, end.logprobs
