@@ -10,6 +10,7 @@ engine died, every call raises `EngineDied`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -59,6 +60,8 @@ class Engine(Protocol):
     version: int  # of the weights that will sample the next token
     slots: int  # sequences that run at once; further requests wait inside the engine
     max_length: int  # prompt and new tokens together
+    paused: bool  # generation stands still for new weights
+    on_change: Callable[[], None] | None  # called, from any thread, whenever `paused` has changed
 
     async def start(self, manifest: Manifest) -> None:
         """Load the first weights and get ready (compile, warm up)."""

@@ -1,8 +1,9 @@
 """The few compiled programs of the embedded engine, and their fixed shapes.
 
-A prefill runs `prefill_rows` prompts of one length bucket and samples their next token; a decode advances every slot by up to
-`steps` tokens. The cache is only as long as the longest running sequence needs, again in buckets: short sequences do not pay
-for `max_length`. A sequence's bucket of prefill is that of its own length, so that its numbers do not depend on its company.
+A prefill runs `prefill_rows` prompts of one length bucket and samples their next token; a decode advances every slot by
+up to `steps` tokens. The cache is only as long as the longest running sequence needs, again in buckets: short sequences
+do not pay for `max_length`. A sequence's bucket of prefill is that of its own length, so that its numbers do not depend
+on its company.
 """
 
 from __future__ import annotations
@@ -15,34 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from areal_jax.rollout.sampling import draw, forbid, request_keys, sampling_logprobs
-
-MAX_STOP_TOKENS = 16
-
-
-class Rows(NamedTuple):
-    """What the programs know of each sequence; numpy arrays on the host, one row per slot."""
-
-    token: np.ndarray  # int32 [S]: the last token, not yet in the cache
-    position: np.ndarray  # int32 [S]: its index
-    remaining: np.ndarray  # int32 [S]: tokens that may still be sampled; 0 for an idle slot
-    forced: np.ndarray  # int32 [S]: of these, how many must not be a stop token
-    temperature: np.ndarray  # float32 [S]
-    top_k: np.ndarray  # int32 [S]
-    top_p: np.ndarray  # float32 [S]
-    stop: np.ndarray  # int32 [S, MAX_STOP_TOKENS], -1 for none
-    identity: np.ndarray  # int32 [S, 3]: run seed, group, sample
-
-    @classmethod
-    def idle(cls, n: int) -> Rows:
-        """`n` rows that nothing is sampled for."""
-        zeros = functools.partial(np.zeros, n, np.int32)
-        ones = functools.partial(np.ones, n, np.float32)
-        stop = np.full((n, MAX_STOP_TOKENS), -1, np.int32)
-        return cls(zeros(), zeros(), zeros(), zeros(), ones(), zeros(), ones(), stop, np.zeros((n, 3), np.int32))
-
-    def take(self, indices) -> Rows:
-        """Copies of some rows."""
-        return Rows(*(column[indices] for column in self))
+from areal_jax.rollout.slots import Rows
 
 
 def powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:
@@ -60,20 +34,18 @@ def bucket(buckets: tuple[int, ...], n: int) -> int:
 
 
 class Programs:
-    """Compiled functions over (params, cache, rows); shapes come from `lengths`, `slots`, `steps` and `prefill_rows` alone.
+    """Compiled functions over (params, cache, rows), whose shapes follow from the settings given here alone.
 
     `model` needs `init_cache(slots, length, dtype)`, whose arrays begin with `[layers, slots, length]`,
     `prefill(params, cache, tokens, lengths, slots)` and `decode(params, cache, tokens, positions)`.
     """
 
-    def __init__(self, model, *, slots: int, max_length: int, steps: int, prefill_rows: int = 8, dtype: Any = "float32"):
+    def __init__(self, model, *, slots: int, max_length: int, steps: int, prefill_rows: int, dtype: Any):
         self.slots, self.steps, self.prefill_rows = slots, steps, prefill_rows
         self.lengths = powers_of_two(min(32, max_length), max_length)
         self._model, self._dtype = model, jnp.dtype(dtype)
-        self._prefill = jax.jit(functools.partial(_prefill, model, self._dtype))
-        self._decode = jax.jit(functools.partial(_decode, model, steps), donate_argnums=1)
-        self._insert = jax.jit(_insert, donate_argnums=0)
-        self._resize = jax.jit(_resize, static_argnums=1)
+        self._functions = _functions(model, steps, self._dtype)
+        self._prefill, self._decode, self._insert, self._resize = self._functions
         self._compiled = 0
 
     def new_cache(self, length: int):
@@ -116,7 +88,18 @@ class Programs:
         return self._cached() - self._compiled
 
     def _cached(self) -> int:
-        return sum(f._cache_size() for f in (self._prefill, self._decode, self._insert, self._resize))
+        return sum(function._cache_size() for function in self._functions)
+
+
+@functools.lru_cache(maxsize=8)
+def _functions(model, steps: int, dtype):
+    """The jitted functions; engines of one process that are alike share them, and what is compiled."""
+    return (
+        jax.jit(functools.partial(_prefill, model, dtype)),
+        jax.jit(functools.partial(_decode, model, steps), donate_argnums=1),
+        jax.jit(_insert, donate_argnums=0),
+        jax.jit(_resize, static_argnums=1),
+    )
 
 
 def _sample(logits, rows: Rows, keys, position, forced):
