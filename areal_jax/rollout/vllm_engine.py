@@ -151,12 +151,13 @@ class VllmEngine:
         if self._llm is not None:
             llm, self._llm = self._llm, None
             await asyncio.to_thread(llm.shutdown, 10)
+            llm.shutdown = lambda timeout=None: None  # it would run again, and fail, when the interpreter ends
 
     async def _generate(self, request: Request) -> Completion:
-        from vllm.inputs import TokensPrompt
+        from vllm.inputs import tokens_input
 
         self._requests += 1
-        prompt = TokensPrompt(prompt_token_ids=request.tokens.tolist(), cache_salt=self._salt())
+        prompt = tokens_input(request.tokens.tolist(), cache_salt=self._salt())
         params = sampling_params(request.sampling, self.max_length - len(request.tokens))
         outputs = [output async for output in self._llm.generate(prompt, params, request_id=str(self._requests))]
         completion = _completion(outputs[-1].outputs[0])
@@ -301,6 +302,7 @@ def _create(args: dict[str, Any]) -> AsyncLLM:
 
     from areal_jax.rollout import vllm_weights
 
+    os.environ[vllm_weights.OWNER] = str(os.getpid())
     vllm_weights.register()
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for name in args.keys() - known:

