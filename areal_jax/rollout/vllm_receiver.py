@@ -90,6 +90,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
         loaded = self.model.load_weights(_tensors(self._open))
         finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied_heads(self.model)
         if not self._complete and loaded is not None and (missing := wanted - set(loaded)):
             raise RuntimeError(f"version {update_info.version} lacks what vLLM calls {', '.join(sorted(missing))}")
         self._complete = True
@@ -119,6 +120,19 @@ class WorkerExtension:
 
     def areal_jax_weight_timings(self) -> dict[str, float]:
         return self.weight_transfer_engine.timings
+
+
+def _repack_tied_heads(model: torch.nn.Module) -> None:
+    """On CPU a layer computes with a packed copy of its weight, and vLLM's reload leaves that of a tied head stale.
+
+    The head is given no tensor of its own, so nothing there tells it that the weight it shares has changed.
+    """
+    seen = set()
+    for layer in model.modules():
+        weight = layer._parameters.get("weight")
+        if weight is not None and id(weight) in seen and hasattr(layer, "cpu_linear"):
+            layer.quant_method.process_weights_after_loading(layer)
+        seen.add(id(weight))
 
 
 def _tensors(version: OpenVersion) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ def register() -> None:
 
 
 def _end_with(owner: int) -> None:
-    """End this process when `owner` ends: vLLM's engine process would outlive a killed rollout worker, memory and all."""
+    """End this process when `owner` ends: vLLM's engine process would outlive a killed rollout worker."""
     try:
         watched = os.pidfd_open(owner)
     except ProcessLookupError:
