@@ -26,10 +26,10 @@ class Clock:
         trace: str | os.PathLike | None = None,
     ):
         self._time = time_source
-        self._epoch = time.time() - time_source()
         self._trace = _open_trace(trace) if trace else None
         self._lock = threading.Lock()
         self._born = self._since = self._traced_since = time_source()
+        self._epoch = time.time() - self._born
         self._phase = initial
         self._totals: dict[str, float] = {}
 
