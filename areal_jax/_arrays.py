@@ -8,6 +8,8 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 MAX_LOG_RATIO = 20.0  # e^20 squared still fits a float32; beyond it a ratio carries no information anyway
@@ -94,14 +96,16 @@ def _live(
             "segment_ids needs num_segments: a Python int, the most segments that a row may hold (ids 1..num_segments)"
         )
     count = static_count("num_segments", num_segments)
+    known = isinstance(segment_ids, np.ndarray) or (
+        isinstance(segment_ids, jax.Array) and not isinstance(segment_ids, Tracer) and segment_ids.is_fully_addressable
+    )
+    largest = int(np.asarray(segment_ids).max(initial=0)) if known else 0
     segment_ids = jnp.asarray(segment_ids)
     check_shape("segment_ids", segment_ids, shape, owner)
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"segment_ids has dtype {segment_ids.dtype}, expected integers (0 = padding)")
-    if segment_ids.size and not isinstance(segment_ids, jax.core.Tracer) and segment_ids.is_fully_addressable:
-        largest = int(segment_ids.max())
-        if largest > count:
-            raise ValueError(f"segment_ids holds the id {largest}, but num_segments={count}: ids run from 1 per row")
+    if largest > count:  # under jit the values are unknown, and such tokens count as padding
+        raise ValueError(f"segment_ids holds the id {largest}, but num_segments={count}: ids run from 1 per row")
     return (segment_ids > 0) & (segment_ids <= count)
 
 

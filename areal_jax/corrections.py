@@ -265,7 +265,7 @@ def interpolate_proximal_logprobs(
     if method == "linear":
         mixed = jnp.logaddexp(jnp.log1p(-alpha) + behavior, jnp.log(alpha) + current)
     else:
-        mixed = behavior + alpha * (current - behavior)
+        mixed = behavior + alpha * _arrays.log_ratio(current, behavior, _arrays.WIDE_LOG_RATIO)
     return jnp.where(alpha > 0, mixed, behavior)
 
 

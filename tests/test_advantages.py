@@ -87,17 +87,18 @@ def test_gae_agrees_with_a_loop_and_packed_rows_with_separate_ones():
     rng = np.random.default_rng(1)
     rewards, values = rng.normal(size=(2, 4, 33)), rng.normal(size=(2, 4, 33))
     mask, bootstrap = rng.random((2, 4, 33)) < 0.7, rng.normal(size=(2, 4))
-    got = advantages.gae(rewards, values, mask, discount=0.98, lambda_=0.9, bootstrap_value=bootstrap)
+    gae = jax.jit(advantages.gae)
+    got = gae(rewards, values, mask, discount=0.98, lambda_=0.9, bootstrap_value=bootstrap)
     for i in np.ndindex(2, 4):
         close(got.advantages[i], naive_gae(rewards[i], values[i], mask[i], 0.98, 0.9, bootstrap[i]), 1e-4, 1e-5)
 
     ids = np.concatenate([np.full(10, 1), np.full(3, 2), np.full(14, 3), np.zeros(6)]).astype(int)
     row = [x[0, 0] for x in (rewards, values, mask)]
-    packed = advantages.gae(*row, discount=0.98, lambda_=0.9, bootstrap_value=0.5, segment_ids=ids)
+    packed = gae(*row, discount=0.98, lambda_=0.9, bootstrap_value=0.5, segment_ids=ids)
     returns = advantages.discounted_returns(row[0], row[2], discount=0.9, segment_ids=ids)
     for segment in (1, 2, 3):
         part = [x[ids == segment] for x in row]
-        alone = advantages.gae(*part, discount=0.98, lambda_=0.9, bootstrap_value=0.5)
+        alone = gae(*part, discount=0.98, lambda_=0.9, bootstrap_value=0.5)
         close(packed.advantages[ids == segment], alone.advantages, 1e-5)
         close(packed.returns[ids == segment], alone.returns, 1e-5)
         close(returns[ids == segment], advantages.discounted_returns(part[0], part[2], discount=0.9), 1e-5)
@@ -159,12 +160,13 @@ FUNCTIONS = {
 def test_jit_vmap_grad_and_bf16(name):
     function = FUNCTIONS[name]
     batch = jnp.array(np.stack([REWARDS, np.zeros(8), REWARDS[::-1] * 2]), jnp.float32)
-    rows = [function(row) for row in batch]
+    once = jax.jit(function)
+    rows = [once(row) for row in batch]
     close(jax.jit(jax.vmap(function))(batch), np.stack(rows), 1e-5)
     weights = jnp.arange(np.size(rows[0]), dtype=jnp.float32).reshape(rows[0].shape)
     gradient = jax.jit(jax.vmap(jax.grad(lambda r: (function(r) * weights).sum())))(batch)
     assert np.isfinite(gradient).all()
-    low = function(batch[0].astype(jnp.bfloat16))
+    low = once(batch[0].astype(jnp.bfloat16))
     assert low.dtype == jnp.float32
     close(low, rows[0], 1e-2, 1e-2)
 
