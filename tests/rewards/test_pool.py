@@ -23,9 +23,7 @@ def run(*calls, processes=1, timeout=20.0, **options):
 
     async def main():
         async with VerifierPool(processes, timeout, memory_bytes=0, **options) as pool:
-            outcomes = await asyncio.gather(
-                *(pool.submit(f"{HERE}.{name}", RECORD | fields) for name, fields in calls)
-            )
+            outcomes = await asyncio.gather(*(pool.submit(f"{HERE}.{name}", RECORD | fields) for name, fields in calls))
         return outcomes, dict(pool.counts)
 
     return asyncio.run(main())

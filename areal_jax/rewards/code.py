@@ -1,0 +1,179 @@
+"""The code verifier: does the program in a completion pass the tests?
+
+The program runs in a sandbox. What it is compared with never enters the program's process: expected outputs and results
+stay in the verifier, and assertions run in a process of their own (see `harness`).
+"""
+
+import dataclasses
+import inspect
+import os
+import re
+import time
+import warnings
+from typing import Any, Literal
+
+from areal_jax.rewards import harness, sandbox
+from areal_jax.rewards.code_tests import Assertions, Calls, InputOutput, read_tests, same_output, same_value
+from areal_jax.rewards.outcome import VerifierError
+from areal_jax.rewards.sandbox import Child, Limits
+
+_FENCE = re.compile(r"^([ \t]*)```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """How many tests passed, and the name of what went wrong first ("" if nothing)."""
+
+    passed: int
+    total: int
+    reason: str
+
+
+def grade_code(
+    completion: str,
+    tests: Any,
+    *,
+    entry_point: str | None = None,
+    starter: str = "",
+    reward: Literal["all", "fraction"] = "all",
+    cpu_seconds: int = 5,
+    wall_seconds: float = 20.0,
+    total_seconds: float = 90.0,
+    memory_bytes: int = 1 << 30,
+    isolation: str = "auto",
+    in_place: bool = False,
+) -> dict[str, Any]:
+    """Runs the program in `completion` against `tests` (see `read_tests` for the forms) in a sandbox.
+
+    `starter` is code that the prompt gave (HumanEval: the prompt itself): see `extract_program`. `reward`: 1 for all
+    tests and else 0, or the fraction that passed. Limits hold for each process, and in the stdin/stdout form each test
+    runs in one of its own; `total_seconds` for all. `in_place`: let assertions see what the program did to the lists,
+    dicts and sets that they passed to it.
+
+    Returns `reward`, `accuracy` (1.0 if all passed), `passed`, `tests`, and `reason`, the name of the first failure:
+    wrong answers and hostile programs score 0 by name. Raises `VerifierError` if the tests cannot be read or there is
+    no sandbox.
+    """
+    if reward not in ("all", "fraction"):
+        raise VerifierError(f"grade_code: reward must be 'all' or 'fraction', found {reward!r}")
+    given = read_tests(tests, entry_point)
+    program = extract_program(completion, starter)
+    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_bytes)
+    kind, deadline = sandbox.choose(isolation), time.monotonic() + total_seconds
+    if program is None:
+        grade = Grade(0, 1, "no_program")
+    elif isinstance(given, InputOutput):
+        grade = _grade_pairs(program, given, limits, kind, deadline, stop_early=reward == "all")
+    elif isinstance(given, Calls):
+        grade = _grade_calls(program, given, limits, kind)
+    else:
+        grade = _grade_assertions(program, given, limits, kind, in_place=in_place)
+    passed = float(grade.passed == grade.total)
+    return {
+        "reward": passed if reward == "all" else grade.passed / grade.total,
+        "accuracy": passed,
+        "passed": grade.passed,
+        "tests": grade.total,
+        "reason": "" if passed else grade.reason or "wrong_answer",
+    }
+
+
+def verify_code(completion: str, tests: Any, **options: Any) -> float:
+    """The reward of `grade_code` (which see for the options), for those who want a number only."""
+    return grade_code(completion, tests, **options)["reward"]
+
+
+verify_code.__signature__ = inspect.signature(grade_code)  # the pool passes what the signature names
+
+
+def extract_program(completion: str, starter: str = "") -> str | None:
+    """The program in a completion: the last code block after `</think>`; without one, the text itself if it is Python.
+
+    With `starter`, a whole program comes after the starter, and an indented continuation is joined to it. None if there
+    is no program.
+    """
+    text = completion.rpartition("</think>")[2]
+    blocks = [
+        "".join(line.removeprefix(indent) for line in body.splitlines(True))
+        for indent, language, body in _FENCE.findall(text)
+        if language.lower() in ("", "python", "python3", "py") and body.strip()
+    ]
+    if not blocks:
+        candidates = [f"{starter}{text}", f"{starter}\n{text}"] if starter else [text]
+        found = next((program for program in candidates if text.strip() and _compiles(program)), None)
+        return f"{starter}{text}" if starter and found is None else found
+    block = blocks[-1]
+    if not starter:
+        return block
+    if block.lstrip("\n")[0] in " \t":
+        return f"{starter}{block}"
+    whole = f"{starter}\n{block}"
+    return whole if _compiles(whole) else block
+
+
+def _compiles(program: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compile(program, "program.py", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    return True
+
+
+def _grade_pairs(
+    program: str, given: InputOutput, limits: Limits, kind: str, deadline: float, *, stop_early: bool
+) -> Grade:
+    passed, reason = 0, ""
+    for stdin, expected in given.cases:
+        if time.monotonic() > deadline:
+            reason = reason or "total_timeout"
+            break
+        result = sandbox.run_script(program, stdin, limits=limits, isolation=kind)
+        if not result.reason and same_output(result.stdout, expected):
+            passed += 1
+            continue
+        reason = reason or result.reason or "wrong_answer"
+        if stop_early:
+            break
+    return Grade(passed, len(given.cases), reason)
+
+
+def _grade_calls(program: str, given: Calls, limits: Limits, kind: str) -> Grade:
+    arguments = [case[0] for case in given.cases]
+    spec = {"role": "calls", "program": program, "entry_point": given.entry_point, "calls": arguments}
+    (result,) = sandbox.run_children([Child(spec, limits, kind)])
+    passed, reason = 0, ""
+    frames = harness.split_frames(result.frames)
+    for _, acceptable in given.cases:
+        try:
+            frame = next(frames)
+            found = harness.decode(frame["ok"], lambda *_: harness.PeerGone) if "ok" in frame else harness.PeerGone
+        except (StopIteration, harness.PeerGone, TypeError):
+            reason = reason or result.reason or "the program ended"
+            break
+        if found is not harness.PeerGone and any(same_value(found, expected) for expected in acceptable):
+            passed += 1
+        else:
+            reason = reason or str(frame.get("error", "wrong_answer"))[:300]
+    return Grade(passed, len(given.cases), reason)
+
+
+def _grade_assertions(program: str, given: Assertions, limits: Limits, kind: str, *, in_place: bool) -> Grade:
+    """Two children: one holds the program, the other the assertions; two pipes join them."""
+    to_program, to_tests = os.pipe(), os.pipe()
+    serving = {"role": "serve", "program": program, "read_fd": to_program[0], "write_fd": to_tests[1]}
+    judging = {"role": "tests", "setup": given.setup, "tests": list(given.tests), "entry_point": given.entry_point}
+    judging |= {"read_fd": to_tests[0], "peer_fd": to_program[1], "in_place": in_place}
+    server = Child(serving, limits, kind, pass_fds=(to_program[0], to_tests[1]))
+    judge = Child(judging, limits, kind, pass_fds=(to_tests[0], to_program[1]))
+    ran, judged = sandbox.run_children([server, judge])
+    verdict = next(harness.split_frames(judged.frames), None)
+    if verdict is None:
+        return Grade(0, len(given.tests), ran.reason or judged.reason or "no verdict")
+    if "broken" in verdict:
+        raise VerifierError(verdict["broken"])
+    reason = verdict["reason"]
+    if reason == "the program ended" and ran.reason not in ("", "stopped"):
+        reason = ran.reason
+    return Grade(verdict["passed"], verdict["total"], reason)

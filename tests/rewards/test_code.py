@@ -1,0 +1,290 @@
+"""verify_code: programs are found, run and judged in all three forms of tests."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from areal_jax.rewards import VerifierError, sandbox, verify_code
+from areal_jax.rewards.code import extract_program, grade_code
+from areal_jax.rewards.code_tests import Calls, read_tests, same_output, same_value
+
+DATA = next((p / "shared" / "data" for p in Path(__file__).parents if (p / "shared" / "data").is_dir()), None)
+ISOLATION = next((kind for kind in ("landlock", "bwrap") if not sandbox.works(kind)), None)
+pytestmark = pytest.mark.skipif(ISOLATION is None, reason="no sandbox here")
+OPTIONS = {"isolation": ISOLATION or "auto", "cpu_seconds": 2, "wall_seconds": 10.0}
+
+ADD = "def add(a, b):\n    return a + b\n"
+SUM_SCRIPT = "n = int(input())\nprint(sum(int(x) for x in input().split()))"
+SUM_TESTS = {"inputs": ["3\n1 2 3\n", "1\n5\n"], "outputs": ["6\n", "5"]}
+
+
+def grade(completion, tests, **options):
+    return grade_code(completion, tests, **(OPTIONS | options))
+
+
+# --- The forms of tests --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'"],
+        {"test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import math", "test_imports": ["import re"]},
+        "from solution import add\n\ndef test_small():\n    assert add(1, 2) == 3\n\n"
+        "def test_big():\n    assert add(2**80, 1) == 2**80 + 1\n",
+        {"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [3, [[1, 2]]]},
+        json.dumps([{"input": "1\n2", "output": "3", "testtype": "functional", "metadata": {"func_name": "add"}}]),
+        [{"type": "function_call", "fn_name": "add", "input": [1.5, 2], "output": 3.5}],
+    ],
+    ids=["mbpp", "mbpp_record", "pytest", "taco_calls", "livecodebench_calls", "calls"],
+)
+def test_functions(tests):
+    assert grade(f"Here it is:\n```python\n{ADD}```\n", tests)["reward"] == 1.0
+    wrong = grade(ADD.replace("a + b", "a + b if a not in (1, 1.5) else 7"), tests, reward="fraction")
+    assert wrong["accuracy"] == 0.0 and wrong["passed"] < wrong["tests"] and wrong["reason"].startswith("wrong_answer")
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        SUM_TESTS,
+        json.dumps(SUM_TESTS),
+        [{"input": a, "output": b, "testtype": "stdin"} for a, b in zip(*SUM_TESTS.values())],
+        {"inputs": [["3", "1 2 3"]], "outputs": [["6"]]},
+    ],
+    ids=["taco", "taco_json", "livecodebench", "lines"],
+)
+def test_scripts(tests):
+    assert grade(f"```python\n{SUM_SCRIPT}\n```", tests)["reward"] == 1.0
+    assert grade(f"```python\n{SUM_SCRIPT}\nprint()\nprint(1)\n```", tests)["reason"] == "wrong_answer"
+    assert grade(f"```python\n{SUM_SCRIPT}\n1 / 0\n```", tests)["reason"].startswith("exception: ZeroDivisionError")
+
+
+def test_methods_of_a_solution_class():
+    program = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
+    assert grade(program, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]})["reward"] == 1.0
+    assert grade(program, ["assert Solution().add(1, 2) == 3"])["reward"] == 1.0
+
+
+def test_objects_and_exceptions_of_the_program_cross_to_the_assertions():
+    program = """
+        class Pair:
+            def __init__(self, a, b): self.a, self.b = a, b
+            def total(self): return self.a + self.b
+        def largest(pairs): return max(pairs, key=Pair.total)
+        def refuse(x): raise ValueError(f"not {x}")
+        def count(n): yield from range(n)
+        LIMIT = {"n": (1, 2.5, None, {3}, b"x", 1j)}
+    """
+    tests = [
+        "p = Pair(1, 2)\nassert p.total() == 3 and p.a == 1",
+        "assert largest([Pair(1, 2), Pair(3, 4)]).total() == 7",
+        "try:\n    refuse(3)\nexcept ValueError as e:\n    assert str(e) == 'not 3'\nelse:\n    assert False",
+        "assert list(count(3)) == [0, 1, 2]",
+        "assert LIMIT == {'n': (1, 2.5, None, {3}, b'x', 1j)}",
+        "p = Pair([1], [2])\nassert p == p and p != Pair([1], [2])",
+    ]
+    graded = grade("```\n" + program.replace("\n        ", "\n") + "\n```", tests)
+    assert graded["reward"] == 1.0, graded
+
+
+def test_changes_in_place_are_seen_only_on_request():
+    program, tests = "def drop(x):\n    x.pop()", ["x = [1, 2]\ndrop(x)\nassert x == [1]"]
+    assert grade(program, tests)["reward"] == 0.0
+    assert grade(program, tests, in_place=True)["reward"] == 1.0
+    thief, weak = "def f(x):\n    x.clear()\n    return []", ["x = [2, 1]\nassert f(x) == sorted(x)"]
+    assert grade(thief, weak)["reward"] == 0.0
+
+
+def test_the_reward_may_be_the_fraction_of_tests():
+    tests = ["assert add(1, 2) == 3", "assert add(0, 2) == 3", "assert add(2, 2) == 4", "assert add(1, 1) == 3"]
+    graded = grade(ADD, tests, reward="fraction")
+    assert graded["reward"] == 0.5 and graded["accuracy"] == 0.0 and graded["tests"] == 4
+    assert grade(ADD, tests)["reward"] == 0.0
+    half = {"inputs": ["1\n1", "1\n2"], "outputs": ["1", "3"]}
+    assert grade(SUM_SCRIPT, half, reward="fraction")["reward"] == 0.5
+
+
+def test_numpy_is_there_and_its_results_are_plain():
+    pytest.importorskip("numpy")
+    program = "import numpy as np\ndef total(x): return np.sum(np.array(x))\ndef twice(x): return np.array(x) * 2"
+    assert grade(program, ["assert total([1, 2]) == 3", "assert twice([1, 2]) == [2, 4]"])["reward"] == 1.0
+
+
+# --- What is no program, and what are no tests ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("I do not know.", "no_program"),
+        ("```python\ndef add(a, b:\n```", "SyntaxError"),
+        ("```python\nx = 1\n```", "NameError"),
+        ("```cpp\nint main() {}\n```", "no_program"),
+    ],
+)
+def test_what_is_no_program_scores_0_by_name(completion, reason):
+    graded = grade(completion, ["assert add(1, 2) == 3"])
+    assert graded["reward"] == 0.0 and reason in graded["reason"]
+
+
+@pytest.mark.parametrize(
+    ("tests", "text"),
+    [
+        ([], "expected source"),
+        ("", "there are none"),
+        ({"inputs": ["1"], "outputs": []}, "1 inputs but 0 outputs"),
+        ({"question": "?"}, "found \\['question'\\]"),
+        ([{"input": "1", "output": "2", "testtype": "functional"}], "need a function"),
+        (["assert add(1, 2) = 3"], "do not compile"),
+        (["import no_such_module\nassert add(1, 2) == 3"], "no_such_module"),
+        (["assert add(lambda: 1, 2) == 3"], "cannot be sent"),
+    ],
+)
+def test_broken_tests_are_errors_not_scores(tests, text):
+    with pytest.raises(VerifierError, match=text):
+        grade(ADD, tests)
+
+
+def test_where_there_is_no_sandbox_nothing_is_run(monkeypatch):
+    monkeypatch.setattr(sandbox, "works", lambda isolation: "forbidden here")
+    with pytest.raises(VerifierError, match="install bubblewrap"):
+        verify_code(ADD, ["assert add(1, 2) == 3"])
+
+
+# --- Extraction and comparison -------------------------------------------------------------------------------------
+
+
+def test_extraction():
+    assert extract_program("```python\na = 1\n```\ntext\n```py\nb = 2\n```") == "b = 2\n"
+    assert extract_program("```bash\nls\n```\n```\nc = 3\n```") == "c = 3\n"
+    assert extract_program("<think>\n```python\na = 1\n```\n</think>\n```python\nb = 2") == "b = 2"
+    assert extract_program("x = 1\nprint(x)") == "x = 1\nprint(x)"
+    assert extract_program("- Here:\n  ```python\n  a = 1\n  ```\n") == "a = 1\n"
+    starter = 'import math\ndef half(x):\n    """Half."""\n'
+    assert extract_program("    return x / 2\n", starter) == starter + "    return x / 2\n"
+    assert extract_program("```python\ndef half(x):\n    return x / 2\n```", starter).count("def half") == 2
+    assert extract_program("```python\n    return x / 2\n```", starter) == starter + "    return x / 2\n"
+
+
+def test_outputs_are_compared_as_judges_do():
+    assert same_output("1 2 \n3\n\n", "1 2\n3")
+    assert same_output("0.3333333333", "0.33333333")
+    assert not same_output("1\n2", "1 2")
+    assert not same_output("10000000", "10000001")
+    assert not same_output("nan", "1.0") and not same_output("", "1")
+
+
+def test_values_are_compared_as_json():
+    assert same_value((1, [2.0000000001]), [1, [2]])
+    assert same_value({1: "a"}, {"1": "a"})
+    assert not same_value(True, 1) and not same_value(1, True) and not same_value("1", 1)
+    assert not same_value([1], [1, 2]) and not same_value({"a": 1}, {"a": 1, "b": 2})
+    assert isinstance(read_tests({"fn_name": "f", "inputs": [[1]], "outputs": [[2]]}), Calls)
+
+
+# --- HumanEval -----------------------------------------------------------------------------------------------------
+
+
+OPPOSITE = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+
+
+class _Mutant(ast.NodeTransformer):
+    """Changes the first number (one more) or the first comparison (the opposite)."""
+
+    def __init__(self, kind: str):
+        self.kind, self.done = kind, False
+
+    def visit_Constant(self, node):
+        if self.kind == "constant" and not self.done and type(node.value) in (int, float):
+            self.done = True
+            return ast.copy_location(ast.Constant(node.value + 1), node)
+        return node
+
+    def visit_Compare(self, node):
+        if self.kind == "comparison" and not self.done and type(node.ops[0]) in OPPOSITE:
+            self.done = True
+            node.ops[0] = OPPOSITE[type(node.ops[0])]()
+            return node
+        return self.generic_visit(node)
+
+
+def mutants(record: dict) -> list[str]:
+    """The canonical solution with a wrong constant, a comparison turned round, and an early return."""
+    program = record["prompt"] + record["canonical_solution"]
+    found = []
+    for kind in ("constant", "comparison"):
+        mutant = _Mutant(kind)
+        tree = mutant.visit(ast.parse(program))
+        if mutant.done:
+            found.append(ast.unparse(tree))
+    tree = ast.parse(program)
+    entry = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == record["entry_point"]][-1]
+    entry.body.insert(1, ast.parse("return None").body[0])
+    return [*found, ast.unparse(tree)]
+
+
+def plainly(pairs: list[tuple[dict, str]]) -> list[bool]:
+    """Whether each program passes, found out without any sandbox, in one process, with an alarm."""
+    script = """
+import json, signal, sys
+def stop(*_): raise TimeoutError
+signal.signal(signal.SIGALRM, stop)
+for record, program in json.load(sys.stdin):
+    signal.alarm(5)
+    try:
+        scope = {"__name__": "plain"}
+        exec(program + "\\n" + record["test"], scope)
+        scope["check"](scope[record["entry_point"]])
+        print(1, file=sys.stderr)
+    except BaseException:
+        print(0, file=sys.stderr)
+    signal.alarm(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(pairs), capture_output=True, text=True, check=True
+    )
+    return [line == "1" for line in done.stderr.split()]
+
+
+def check_human_eval(step: int, isolation: str) -> int:
+    if DATA is None:
+        pytest.skip("no shared/data beside the repository")
+    records = [json.loads(line) for line in (DATA / "human_eval.jsonl").read_text().splitlines()][::step]
+    for record in records:
+        for completion in (
+            record["canonical_solution"],
+            f"```python\n{record['prompt']}{record['canonical_solution']}\n```",
+        ):
+            graded = grade(
+                completion,
+                record["test"],
+                entry_point=record["entry_point"],
+                starter=record["prompt"],
+                isolation=isolation,
+            )
+            assert graded["reward"] == 1.0, (record["task_id"], graded)
+    pairs = [(record, program) for record in records for program in mutants(record)]
+    wrong = 0
+    for (record, program), passes in zip(pairs, plainly(pairs), strict=True):
+        graded = grade(program, record["test"], entry_point=record["entry_point"], isolation=isolation)
+        assert graded["reward"] == passes, (record["task_id"], graded, program)
+        wrong += not passes
+    assert wrong > len(pairs) // 2
+    return len(records)
+
+
+def test_a_sample_of_human_eval():
+    check_human_eval(25, OPTIONS["isolation"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", ["bwrap", "landlock"])
+def test_all_of_human_eval_passes_and_every_mutant_is_judged_as_by_plain_execution(isolation):
+    if sandbox.works(isolation):
+        pytest.skip(sandbox.works(isolation))
+    assert check_human_eval(1, isolation) == 164

@@ -1,0 +1,85 @@
+"""Hostile completions score 0, are named, and harm nothing; with and without bubblewrap."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from areal_jax.rewards import sandbox
+from areal_jax.rewards.code import grade_code
+from tests.rewards import hostile
+
+TESTS = """
+SECRET = 'EXPECTED'
+def check(candidate):
+    assert candidate(4) == 8
+    assert abs(candidate(5) - 10) < 1e-6
+"""
+FAST = {"cpu_seconds": 1, "wall_seconds": 4.0, "memory_bytes": 512 << 20}
+ISOLATIONS = [kind for kind in ("bwrap", "landlock") if not sandbox.works(kind)]
+ATTACKS = hostile.LIMITS | hostile.REACH | hostile.CHEAT
+ALWAYS = (
+    "endless loop", "fork bomb", "memory bomb", "huge output", "reads a file outside", "deletes a file outside",
+    "connects over TCP", "kills its parent", "exits with status 0 on import", "ends the process when called",
+    "returns what is equal to everything", "patches the comparison", "looks for the tests on the stack and in memory",
+    "reads every descriptor it has",
+)  # fmt: skip
+
+
+def marked(attack: str):
+    return pytest.param(attack, marks=() if attack in ALWAYS else pytest.mark.slow)
+
+
+@pytest.fixture
+def surroundings(tmp_path):
+    """A file with a secret, a process, and a listening port, none of which may be touched."""
+    secret = tmp_path / "secret"
+    secret.write_text("EXPECTED: 8")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        yield {"secret": str(secret), "outside": str(tmp_path), "port": server.getsockname()[1], "pid": bystander.pid}
+        assert bystander.poll() is None
+        bystander.kill()
+        bystander.wait()
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert secret.read_text() == "EXPECTED: 8" and os.stat(secret).st_mtime > 1e9
+    assert sorted(os.listdir(tmp_path)) == ["secret"]
+
+
+def children() -> list[str]:
+    return [" ".join(child.cmdline())[:80] for child in psutil.Process().children(recursive=True)]
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+@pytest.mark.parametrize("attack", [marked(attack) for attack in ATTACKS])
+def test_attack(attack, isolation, surroundings):
+    program, reasons = ATTACKS[attack]
+    program = program.format(**surroundings)
+    before = children()
+    grade = grade_code(f"```python\n{program}\n```", TESTS, entry_point="double", isolation=isolation, **FAST)
+    assert grade["reward"] == grade["accuracy"] == 0.0
+    assert any(reason in grade["reason"] for reason in ([reasons] if isinstance(reasons, str) else reasons)), grade
+    assert children() == before
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_the_task_of_the_attacks_can_be_solved(isolation):
+    program = "def double(n):\n    return 2 * n"
+    assert grade_code(program, TESTS, entry_point="double", isolation=isolation, **FAST)["reward"] == 1.0
+
+
+def test_there_is_a_sandbox_where_bubblewrap_is_not(monkeypatch):
+    if "landlock" not in ISOLATIONS:
+        pytest.skip(sandbox.works("landlock"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    sandbox.works.cache_clear()
+    try:
+        assert sandbox.choose("auto") == "landlock"
+    finally:
+        sandbox.works.cache_clear()
