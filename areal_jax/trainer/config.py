@@ -45,4 +45,9 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     batch_timeout: float = 600.0  # seconds to wait for a batch before giving up with a diagnosis
     eval_every: int = 0  # steps; 0: only before and after
+    guard: str = "skip"  # a bad step (below): "skip" its update and count it, or "stop" the run; its batch is saved
+    grad_norm_limit: float = 0.0  # a larger gradient norm is bad; 0: only one that is not finite
+    ratio_limit: float = 0.0  # a larger importance weight of any token is bad; 0: no limit
+    mismatch_limit: float = 0.0  # a larger mean |Δ log-prob| of engine and trainer at lag 0 is bad; 0: only warned of
+    equal_rewards_limit: int = 0  # bad: so many steps in a row without a group that could teach anything; 0: no limit
     weights_transport: str = "shm"  # "shm", "tcp" or "disk"

@@ -65,7 +65,7 @@ class Packed:
         return float(np.mean(self.arrays["segment_ids"] > 0))
 
     def unpack(self, packed: np.ndarray) -> list[np.ndarray]:
-        """`[M, rows, row_length]` values back to one array `[T]` for each sample, in the order they were packed from."""
+        """`[M, rows, row_length]` values back to one array `[T]` for each sample, in their order before packing."""
         ids = self.arrays["sequence_ids"].reshape(-1)
         used = np.flatnonzero(ids >= 0)
         order = used[np.lexsort((self.arrays["positions"].reshape(-1)[used], ids[used]))]
@@ -76,7 +76,7 @@ class Packed:
 def allocate(
     lengths: Sequence[int], capacity: int, *, min_bins: int = 1, max_items: int | None = None
 ) -> list[list[int]]:
-    """Dynamic allocation of sequences to bins of `capacity` tokens: AReaL, Algorithm 1 (arXiv 2505.24298, appendix B.3).
+    """Dynamic allocation of sequences to bins of `capacity` tokens: AReaL, Algorithm 1 (arXiv 2505.24298, app. B.3).
 
     From the longest sequence to the shortest: open a bin while there are fewer than `min_bins` or none has room;
     otherwise take, among the bins with room, the one with the fewest sequences (then the fewest tokens).
@@ -120,7 +120,7 @@ def check_lengths(lengths: np.ndarray, row_length: int) -> None:
 def pack(samples: Sequence[Sample], *, rows: int, row_length: int, max_segments: int, shuffle_seed: int = 0) -> Packed:
     """Packs samples into as many micro-batches of `[rows, row_length]` as they need (at least one).
 
-    Rows are filled by `allocate`; which row goes where is a fixed shuffle, so that no micro-batch has all the long ones.
+    Rows are filled by `allocate`; where a row goes is a fixed shuffle, so that no micro-batch gets all the long ones.
     """
     lengths = np.array([len(sample.tokens) for sample in samples], np.int64)
     allocated = allocate(lengths, row_length, max_items=max_segments)

@@ -1,0 +1,246 @@
+"""Gradients do not depend on how a batch is laid out; updates are those of a plain implementation in other terms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from areal_jax import models
+from areal_jax.trainer import objectives, packing, steps
+from tests.trainer import toy
+
+ALL = sorted(objectives.OBJECTIVES)
+REQUIRED = {"aipo": {"ratio_max": 4.0}, "mirror_descent": {"tau": 0.1}, "spo": {"negative_scale": 0.5}}
+CORRECTION_ARGS = {"sequence_is": {"low": 0.5, "high": 2.0}, "opsm": {"delta": 0.1}}
+
+
+def gradients(the_learner, batch, packed=None):
+    """Gradient of the batch's loss as one flat vector, by the learner's own steps but without the update."""
+    run, params = the_learner.steps, the_learner.state.params
+    packed = packed or the_learner._pack(batch.samples)
+    total, sums = run.zero_gradients(params), run.zero_metrics()
+    scalars = steps.scalars(packed.num_tokens, packed.num_sequences, batch.version)
+    for micro in packed:
+        total, sums = run.accumulate(params, total, sums, run.put(micro), scalars, None, None, None)
+    return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(total)])
+
+
+@pytest.fixture(scope="module")
+def packed_learner():
+    return toy.make_learner(toy.settings(rows=4))
+
+
+@pytest.fixture(scope="module")
+def batch(packed_learner):
+    return toy.on_policy(toy.random_batch(3, version=5, lags=(0, 1, 3), ragged=True), packed_learner, noise=0.3)
+
+
+@pytest.fixture(scope="module")
+def reference_gradient(packed_learner, batch):
+    return gradients(packed_learner, batch)
+
+
+def test_gradients_do_not_depend_on_micro_batching_and_padding(packed_learner, batch, reference_gradient):
+    assert np.abs(reference_gradient).max() > 1e-3
+    one_row = packing.pack_fixed(batch.samples, sequences=4, row_length=64)
+    assert len(one_row) > 1
+    np.testing.assert_allclose(gradients(packed_learner, batch, one_row), reference_gradient, rtol=1e-4, atol=2e-6)
+    reordered = packing.pack(batch.samples[::-1], rows=4, row_length=64, max_segments=2, shuffle_seed=9)
+    np.testing.assert_allclose(gradients(packed_learner, batch, reordered), reference_gradient, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregate", ["seq_mean_token_mean", "seq_mean_token_sum_norm"])
+@pytest.mark.parametrize("name", ["gspo", "asympo"])
+def test_sequence_objectives_do_not_depend_on_packing_either(name, aggregate, batch):
+    one = toy.make_learner(toy.settings(rows=4, objective=name, aggregate=aggregate))
+    expected = gradients(one, batch)
+    fixed = packing.pack_fixed(batch.samples, sequences=4, row_length=64)
+    np.testing.assert_allclose(gradients(one, batch, fixed), expected, rtol=1e-4, atol=2e-6)
+    many = packing.pack(batch.samples, rows=4, row_length=64, max_segments=2, shuffle_seed=3)
+    np.testing.assert_allclose(gradients(one, batch, many), expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1)], ids=str)
+def test_gradients_do_not_depend_on_the_mesh(sizes, batch, reference_gradient):
+    axes = dict(zip(("data", "fsdp", "tensor", "expert"), sizes, strict=True))
+    mesh = models.make_mesh(jax.devices()[:8], **axes)
+    sharded = toy.make_learner(toy.settings(rows=8), mesh=mesh)
+    np.testing.assert_allclose(gradients(sharded, batch), reference_gradient, rtol=2e-4, atol=5e-6)
+    pending = sharded.step(dataclasses.replace(batch, version=0))
+    assert np.isfinite(pending.report()["actor/grad_norm"])
+    for before, after in zip(
+        jax.tree.leaves(sharded.model.param_shardings()), jax.tree.leaves(sharded.state.params), strict=True
+    ):
+        assert after.sharding.is_equivalent_to(before, after.ndim)
+
+
+def plain_update(model, params, batch, config):
+    """One decoupled-PPO step without packing, jit or optax: a loop over sequences, full logits, AdamW by hand."""
+
+    def log_probs(params, tokens):
+        rows = jnp.asarray(tokens, jnp.int32)[None]
+        positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+        logits = model.logits(params, rows, positions, jnp.ones_like(rows))[0, :-1]
+        normalized = logits - jnp.log(jnp.sum(jnp.exp(logits), axis=-1, keepdims=True))
+        return normalized[jnp.arange(len(tokens) - 1), rows[0, 1:]]
+
+    def loss(params):
+        total, tokens = 0.0, 0
+        for s in batch.samples:
+            new = log_probs(params, s.tokens)
+            old = jax.lax.stop_gradient(new)
+            weight = jnp.exp(old - s.behavior_logprobs[1:])
+            ratio = jnp.exp(new - old)
+            surrogate = jnp.minimum(ratio * s.advantages, jnp.clip(ratio, 0.8, 1.2) * s.advantages)
+            total -= jnp.sum(weight * surrogate * s.mask[1:].astype(np.float32))
+            tokens += s.mask[1:].sum()
+        return total / np.float32(tokens)
+
+    grads = jax.grad(loss)(params)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    scale = min(1.0, config.max_grad_norm / norm)
+
+    def adamw(path, p, g):
+        m = (1 - config.beta1) * g * scale
+        v = (1 - config.beta2) * (g * scale) ** 2
+        step = (m / (1 - config.beta1)) / (jnp.sqrt(v / (1 - config.beta2)) + config.epsilon)
+        name = str(path[-1])
+        if "norm" not in name and "bias" not in name:
+            step = step + config.weight_decay * p
+        return p - config.learning_rate * step
+
+    return jax.tree_util.tree_map_with_path(adamw, params, grads), norm
+
+
+@pytest.mark.slow
+def test_an_update_equals_a_plain_implementation(packed_learner):
+    config = toy.settings(rows=4, weight_decay=0.1, max_grad_norm=0.5)
+    the_learner = toy.make_learner(config, layers=1)
+    few = toy.on_policy(toy.random_batch(11, groups=2, samples=2, lengths=(12, 13)), the_learner, noise=0.2)
+    params = jax.tree.map(jnp.copy, the_learner.state.params)
+    expected, norm = plain_update(the_learner.model, params, few, config)
+    report = the_learner.step(few).report()
+    assert report["actor/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for want, got, before in zip(
+        jax.tree.leaves(expected), jax.tree.leaves(the_learner.state.params), jax.tree.leaves(params), strict=True
+    ):
+        np.testing.assert_allclose(got - before, want - before, rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_objective_and_its_gradient_are_finite(name):
+    """All by name, on arrays with hard corners: masked rows, stale tokens, equal and extreme log-probs."""
+    rng = np.random.default_rng(0)
+    shape = (3, 16)
+    made = objectives.make(name, REQUIRED.get(name), proximal="loglinear", num_segments=4)
+    segments = np.minimum(np.arange(16) // 5 + 1, 3) * np.ones((3, 1), np.int32)
+    micro = {
+        "mask": (rng.random(shape) > 0.3) & (np.arange(3) < 2)[:, None],
+        "behavior_logprobs": -rng.uniform(0, 9, shape).astype(np.float32),
+        "advantages": rng.normal(size=shape).astype(np.float32),
+        "segment_ids": segments.astype(np.int32),
+        "versions": np.full(shape, 2, np.int32),
+    }
+    logprobs = jnp.asarray(-rng.uniform(0, 9, shape), jnp.float32).at[0, 0].set(0.0)
+    given = (jnp.ones(shape), micro, steps.scalars(20, 6, 4), None, None, None)
+    (loss, _), grad = jax.value_and_grad(lambda x: made.loss(x, *given), has_aux=True)(logprobs)
+    assert np.isfinite(loss)
+    assert np.isfinite(grad).all() and np.abs(grad).max() > 0
+    assert not np.asarray(grad)[~micro["mask"]].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_every_objective_trains_one_step(name):
+    c = toy.settings(objective=name, objective_args=REQUIRED.get(name, {}))
+    the_learner = toy.make_learner(c, width=16, layers=1, heads=2)
+    before = [np.asarray(x) for x in jax.tree.leaves(the_learner.state.params)]
+    batch = toy.on_policy(toy.random_batch(4), the_learner, noise=0.1)
+    report = the_learner.step(batch).report()
+    assert np.isfinite(report["actor/loss"]) and report["actor/grad_norm"] > 0 and report["actor/skipped_updates"] == 0
+    after = [np.asarray(x) for x in jax.tree.leaves(the_learner.state.params)]
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(objectives.CORRECTIONS) - {"none"}))
+def test_every_correction_trains_one_step_and_reports_what_it_drops(name):
+    settings = toy.settings(
+        objective="ppo_clip", correction=name, correction_args=CORRECTION_ARGS.get(name, {}), proximal="recompute"
+    )
+    the_learner = toy.make_learner(settings, width=16, layers=1, heads=2)
+    batch = toy.on_policy(toy.random_batch(4), the_learner, noise=1.0)
+    report = the_learner.step(batch).report()
+    assert report["actor/grad_norm"] > 0
+    assert 0 <= report["is/masked_frac"] < 1
+
+
+def test_the_first_steps_kl_is_exactly_zero_when_fused(packed_learner, batch):
+    the_learner = toy.renew(packed_learner)
+    report = the_learner.step(dataclasses.replace(batch, version=0)).report()
+    assert report["actor/ppo_kl"] == 0.0
+    assert report["actor/clip_fraction"] == 0.0
+
+
+@pytest.mark.slow
+def test_recomputed_proximal_log_probs_equal_the_fused_ones():
+    made = {}
+    for mode in ("fused", "recompute"):
+        one = toy.make_learner(toy.settings(proximal=mode, kl_coef=0.05, entropy_coef=0.01))
+        batch = toy.on_policy(toy.random_batch(6, lags=(0,)), one, noise=0.2)
+        report = one.step(batch).report()
+        made[mode] = (report, np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(one.state.params)]))
+    for name, value in made["fused"][0].items():
+        if isinstance(value, float):
+            assert made["recompute"][0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    np.testing.assert_allclose(made["recompute"][1], made["fused"][1], atol=1e-6)
+
+
+def test_nothing_recompiles_over_batches_of_every_shape(packed_learner):
+    the_learner = toy.renew(packed_learner)
+    the_learner.warm_up()
+    estimator = toy.AdvantageEstimator("group_relative", {}, 8, 32, 64)
+    toy.random_batch(0, groups=8, samples=4, estimator=estimator)
+    counter = steps.CompileCounter()
+    for seed in range(12):
+        batch = toy.random_batch(
+            seed, version=seed, groups=1 + seed % 8, ragged=seed % 2 == 0, lengths=(5 + seed, 6 + 5 * seed),
+            lags=range(1 + min(seed, 3)), estimator=estimator,
+        )  # fmt: skip
+        the_learner.step(batch).report()
+    assert counter.count == 0
+    jax.jit(lambda x: x * 3.25)(1.5)
+    assert counter.count > 0  # it can count
+
+
+def test_a_bad_update_is_skipped_and_counted(packed_learner):
+    the_learner = toy.renew(packed_learner)
+    good = toy.random_batch(1)
+    bad = dataclasses.replace(
+        good, samples=[dataclasses.replace(good.samples[0], advantages=float("nan")), *good.samples[1:]]
+    )
+    before = [np.asarray(x) for x in jax.tree.leaves((the_learner.state.params, the_learner.state.opt_state))]
+    report = the_learner.step(bad).report()
+    assert report["actor/skipped_updates"] == 1.0
+    after = [np.asarray(x) for x in jax.tree.leaves((the_learner.state.params, the_learner.state.opt_state))]
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert the_learner.version == int(the_learner.state.version) == 1  # the batch is consumed all the same
+    assert the_learner.step(dataclasses.replace(good, version=1)).report()["actor/skipped_updates"] == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proximal", ["recompute", "loglinear"])
+def test_several_minibatches_move_away_from_the_proximal_policy(proximal):
+    settings = toy.settings(minibatches=3, proximal=proximal, learning_rate=3e-3)
+    the_learner = toy.make_learner(settings)
+    batch = toy.on_policy(toy.random_batch(8, groups=6, samples=4), the_learner)
+    report = the_learner.step(batch).report()
+    assert int(the_learner.state.version) == 1
+    assert int(the_learner.state.opt_state[0].count) == 3
+    assert report["mismatch/logprob_abs_diff_mean"] < 1e-5  # measured under the parameters before the step
+    assert abs(report["actor/ppo_kl"]) > 1e-6
