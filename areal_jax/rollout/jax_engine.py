@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from areal_jax import weights
-from areal_jax.models import Model, ModelError, from_hf
+from areal_jax.models import Model, ModelConfig, ModelError, from_hf
+from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Completion, EngineDied, Request, WeightsRefused
 from areal_jax.rollout.jax_programs import Programs, bucket
 from areal_jax.rollout.slots import Sequence, Slots
@@ -359,3 +360,22 @@ def hf_loader(model: Model, dtype: Any, timeout: float) -> Load:
         return params, {"read": middle - start, "convert": time.perf_counter() - middle}
 
     return load
+
+
+def make_jax_engine(config: RolloutConfig, model_path: str) -> JaxEngine:
+    """The engine for the checkpoint folder `model_path`, as the settings say; not started yet."""
+    unknown = set(config.engine_args) - {"prefill_rows"}
+    if unknown:
+        raise ValueError(f"rollout.engine_args has {sorted(unknown)}; the engine 'jax' knows only 'prefill_rows'")
+    model = Model(ModelConfig.from_hf(model_path), compute_dtype=config.dtype)
+    return JaxEngine(
+        model,
+        hf_loader(model, config.dtype, config.weights_timeout),
+        slots=config.slots,
+        max_length=config.max_length,
+        steps_per_dispatch=config.steps_per_dispatch,
+        kv_policy=config.kv_policy,
+        interruptible=config.interruptible,
+        dtype=config.dtype,
+        **config.engine_args,
+    )

@@ -1,0 +1,91 @@
+"""Starts one rollout worker: python -m areal_jax.rollout --workdir DIR --index I"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from areal_jax import config as configs
+from areal_jax.data.config import DataConfig
+from areal_jax.metrics.clock import Clock
+from areal_jax.rewards.config import RewardsConfig
+from areal_jax.rollout.config import RolloutConfig
+from areal_jax.rollout.engine import Sampling
+from areal_jax.rollout.factory import make_engine
+from areal_jax.rollout.verification import RewardClients
+from areal_jax.rollout.worker import Worker, WorkerSettings
+from areal_jax.rollout.workflows import load_workflow
+from areal_jax.transport.client import Client
+
+
+def stop_token_ids(model_path: str, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's, and those of the checkpoint's generation settings."""
+    ids = {tokenizer.eos_token_id}
+    path = Path(model_path) / "generation_config.json"
+    if path.exists():
+        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids |= set(more) if isinstance(more, list) else {more}
+    return tuple(sorted(ids - {None}))
+
+
+async def serve(workdir: str, index: int) -> int:
+    """Run worker number `index` of the run in `workdir`; returns the exit code."""
+    clock = Clock()
+    values = configs.load(workdir)
+    rollout = configs.section(RolloutConfig, values["rollout"])
+    rewards = configs.section(RewardsConfig, values["rewards"])
+    from transformers import AutoTokenizer  # takes seconds: not before the settings are known to be good
+
+    tokenizer = AutoTokenizer.from_pretrained(values["model"])
+    name = f"rollout-{index}"
+    common = {
+        "max_new_tokens": rollout.max_new_tokens,
+        "min_new_tokens": rollout.min_new_tokens,
+        "stop_token_ids": stop_token_ids(values["model"], tokenizer),
+    }
+    settings = WorkerSettings(
+        name=name,
+        seed=values["seed"],
+        sampling=Sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, **common),
+        eval_sampling=Sampling(temperature=rollout.eval_temperature, **common),
+        data=configs.section(DataConfig, values["data"]),
+        controller_limit=4 * values["controller"]["heartbeat_limit"],
+    )
+    services = [Client(name, workdir, server=f"rewards-{i}") for i in range(rewards.services)]
+    worker = Worker(
+        settings,
+        engine=make_engine(rollout, values["model"]),
+        workflow=load_workflow(rollout.workflow, rollout.workflow_args),
+        tokenizer=tokenizer,
+        verifier=RewardClients(services, patience=2 * rewards.timeout, limit=10 * rewards.timeout),
+        connect=lambda hello: Client(name, workdir, hello=hello, timeout=settings.controller_limit),
+        clock=clock,
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop, 0, signal.Signals(number).name)
+    return await worker.run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m areal_jax.rollout", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="the run's folder, with config.json")
+    parser.add_argument("--index", type=int, default=0, help="which of the rollout workers this is")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s rollout %(levelname)s %(message)s", stream=sys.stderr)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        sys.exit(asyncio.run(serve(args.workdir, args.index)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"rollout-{args.index}: {error}")
+
+
+if __name__ == "__main__":
+    main()

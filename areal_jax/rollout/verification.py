@@ -1,0 +1,130 @@
+"""The worker's side of the reward services: every question gets an answer or a named failure within a bounded time."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+from areal_jax.rollout.session import VerificationFailed
+from areal_jax.transport.errors import TransportError
+from areal_jax.transport.messages import AnyMessage, Message, Score, Verify, VerifyFailed
+
+log = logging.getLogger(__name__)
+
+
+class Connection(Protocol):
+    """One reward service; `transport.client.Client` is one."""
+
+    server: str
+    disconnected_for: float
+
+    async def send(self, message: Message) -> None: ...
+    async def receive(self) -> AnyMessage | None: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass
+class _Question:
+    message: Verify
+    answer: asyncio.Future
+    asked: set[int]  # services that have been sent it
+
+
+class RewardClients:
+    """Asks the least busy reward service, and another one when that is lost or silent.
+
+    A question may be asked more than once (verifiers are functions of their arguments); the first answer counts.
+
+    Args:
+      services: connections, opened here.
+      patience: seconds after which an unanswered question is put to another service as well (or to the same again).
+      limit: seconds after which a question fails as "verifier_unreachable" or "verifier_silent".
+    """
+
+    def __init__(self, services: Sequence[Connection], *, patience: float, limit: float):
+        self.patience, self.limit = patience, limit
+        self.counts: Counter[str] = Counter()
+        self._services = list(services)
+        self._numbers = itertools.count(1)
+        self._questions: dict[int, _Question] = {}
+        self._busy = [0] * len(self._services)
+        self._readers: list[asyncio.Task] = []
+
+    async def verify(
+        self, record: dict, prompt: str, completion: str, prompt_tokens: list[int], completion_tokens: list[int]
+    ) -> Score:
+        """The score of a completion; raises `VerificationFailed` with the failure's name."""
+        if not self._readers:
+            self._readers = [asyncio.create_task(self._read(i)) for i in range(len(self._services))]
+        number = next(self._numbers)
+        message = Verify(
+            request=number, record=record, prompt=prompt, completion=completion,
+            prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
+        )  # fmt: skip
+        question = _Question(message, asyncio.get_running_loop().create_future(), set())
+        self._questions[number] = question
+        self.counts["verifications"] += 1
+        try:
+            async with asyncio.timeout(self.limit):
+                while not question.answer.done():
+                    await self._ask(question)
+                    await asyncio.wait([question.answer], timeout=self.patience)
+                    self.counts["verifications_repeated"] += not question.answer.done()
+            return question.answer.result()
+        except TimeoutError:
+            self.counts["verifications_unanswered"] += 1
+            gone = all(service.disconnected_for for service in self._services)
+            raise VerificationFailed(
+                "verifier_unreachable" if gone else "verifier_silent",
+                f"{', '.join(s.server for s in self._services)}: no answer within {self.limit:g} s",
+            ) from None
+        finally:
+            del self._questions[number]
+            for i in question.asked:
+                self._busy[i] -= 1
+
+    async def _ask(self, question: _Question) -> None:
+        """Sends the question to the service that is connected, has not had it yet, and has the least to do."""
+
+        def cost(i: int) -> tuple[bool, bool, int]:
+            return self._services[i].disconnected_for > 0, i in question.asked, self._busy[i]
+
+        i = min(range(len(self._services)), key=cost)
+        if i not in question.asked:
+            question.asked.add(i)
+            self._busy[i] += 1
+        try:
+            await self._services[i].send(question.message)
+        except TransportError as error:  # it will be asked again
+            log.warning("verification not sent: %s", error)
+
+    async def _read(self, i: int) -> None:
+        while True:
+            try:
+                message = await self._services[i].receive()
+            except TransportError as error:
+                log.warning("reward service %s: %s", self._services[i].server, error)
+                await asyncio.sleep(1.0)  # it has not announced itself in time; look again
+                continue
+            if message is None:
+                return
+            question = self._questions.get(getattr(message, "request", 0))
+            if question is None or question.answer.done():
+                self.counts["late_answers"] += 1
+            elif isinstance(message, Score):
+                question.answer.set_result(message)
+            elif isinstance(message, VerifyFailed):
+                name = message.error if message.error.startswith("verifier") else f"verifier_{message.error}"
+                question.answer.set_exception(VerificationFailed(name, message.detail))
+
+    def close(self) -> None:
+        """Let go of the services."""
+        for task in self._readers:
+            task.cancel()
+        for service in self._services:
+            service.close()
