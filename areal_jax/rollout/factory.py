@@ -6,14 +6,27 @@ from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Engine
 
 
-def make_engine(config: RolloutConfig, model_path: str) -> Engine:
-    """An engine, not started yet, for the checkpoint folder `model_path`; raises `ValueError` for an unknown one."""
+def make_engine(config: RolloutConfig, model_path: str, seed: int) -> Engine:
+    """An engine, not started yet, for the checkpoint folder `model_path`; raises `ValueError` for an unknown one.
+
+    `seed` is this worker's own: vLLM's generator takes it. The embedded engine's random numbers come with each request.
+    """
     if config.engine == "jax":
         from areal_jax.rollout.jax_engine import make_jax_engine
 
         return make_jax_engine(config, model_path)
     if config.engine == "vllm":
-        from areal_jax.rollout.vllm_engine import make_vllm_engine
+        from areal_jax.rollout.vllm_engine import VllmEngine
 
-        return make_vllm_engine(config, model_path)
+        return VllmEngine(
+            model_path,
+            slots=config.slots,
+            max_length=config.max_length,
+            kv_policy=config.kv_policy,
+            interruptible=config.interruptible,
+            dtype=config.dtype,
+            seed=seed,
+            weights_timeout=config.weights_timeout,
+            engine_args=dict(config.engine_args),
+        )
     raise ValueError(f"rollout.engine is {config.engine!r}; it must be 'jax' or 'vllm'")

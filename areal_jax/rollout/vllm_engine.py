@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -68,6 +68,8 @@ class VllmEngine:
             raise ValueError(f"engine_args may not set {', '.join(fixed)}: areal_jax sets these itself")
         self.version = -1
         self.slots, self.max_length = slots, max_length
+        self.paused = False
+        self.on_change: Callable[[], None] | None = None
         self._recompute, self._interruptible = kv_policy == "recompute", interruptible
         self._timeout = weights_timeout
         self._args = {
@@ -189,6 +191,7 @@ class VllmEngine:
                         await self._quiet.wait()
                 with _timed(timings, "pause"):
                     self._admitting.clear()
+                    self._set_paused(True)
                     await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
                     await self._llm.start_weight_update()
                     await self._llm.update_weights(WeightTransferUpdateRequest({"version": manifest.version}))
@@ -203,11 +206,18 @@ class VllmEngine:
                     raise
                 raise died from error
             finally:
+                self._set_paused(False)
                 self._admitting.set()
         self._layout = self._layout or manifest
         loads = await self._llm.collective_rpc("areal_jax_weight_timings")
         timings["load"] = max(rank["load"] for rank in loads)
         return timings
+
+    def _set_paused(self, paused: bool) -> None:
+        if paused != self.paused:
+            self.paused = paused
+            if self.on_change is not None:
+                self.on_change()
 
     async def _open_in_workers(self, manifest: Manifest, version: OpenVersion) -> None:
         """Every worker process maps the version, and checks it where it is not the file that we have checked."""

@@ -89,7 +89,7 @@ class Worker:
         self._heartbeat_seconds = 1.0
         self._samples: dict[tuple[int, int], tuple[Task, asyncio.Task]] = {}
         self._activities: Counter[str] = Counter()  # what running samples wait for, or do
-        self._welcomed = False
+        self._welcomed = asyncio.Event()
         self._wanted: Manifest | None = None  # the newest version that is not loaded yet
         self._loader: asyncio.Task | None = None
         self._ready = asyncio.Event()  # the engine has weights
@@ -150,9 +150,9 @@ class Worker:
         match message:
             case Welcome():
                 self._heartbeat_seconds = message.heartbeat_seconds
-                if self._welcomed:  # the controller is new, or had given us up: what we do is not awaited any more
+                if self._welcomed.is_set():  # a new controller, or one that had given us up
                     self._cancel(list(self._samples))
-                self._welcomed = True
+                self._welcomed.set()
             case Assign():
                 for task in message.tasks:
                     self._begin(task)
@@ -170,9 +170,12 @@ class Worker:
                 log.warning("unexpected %s from the controller", type(message).__name__)
 
     async def _beat(self) -> None:
+        while not self._welcomed.is_set():
+            self._watch_connection()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._welcomed.wait(), 1.0)
         while True:
-            if self._client.disconnected_for > self.settings.controller_limit:
-                self.stop(CONTROLLER_LOST, f"no connection to the controller for {self.settings.controller_limit:g} s")
+            self._watch_connection()
             stats = self.engine.stats()
             momentary = ("running", "waiting")
             counters = {name: value for name, value in stats.items() if name not in momentary}
@@ -187,6 +190,10 @@ class Worker:
                 )
             )
             await asyncio.sleep(self._heartbeat_seconds)
+
+    def _watch_connection(self) -> None:
+        if self._client.disconnected_for > self.settings.controller_limit:
+            self.stop(CONTROLLER_LOST, f"no connection to the controller for {self.settings.controller_limit:g} s")
 
     # --- Weights ---------------------------------------------------------------------------------------------------
 
