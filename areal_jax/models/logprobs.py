@@ -77,8 +77,8 @@ def _forward(hidden, head, targets, temperature, chunk, place):
         z = place(head_logits(h, gathered), "batch", None, "vocab") / temperature
         lse = jax.nn.logsumexp(z, axis=-1)
         chosen = jnp.sum(jnp.where(_is_target(target, z.shape[-1]), z, 0.0), axis=-1)
-        expected = jnp.sum(jnp.exp(z - lse[..., None]) * z, axis=-1)
-        return None, (chosen - lse, lse - expected, lse)
+        log_p = z - lse[..., None]
+        return None, (chosen - lse, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1), lse)
 
     _, outs = _scan(one, None, (_chunks(hidden, chunk), _chunks(targets, chunk)))
     logprobs, entropy, lse = (_unchunk(x, hidden.shape[1]) for x in outs)

@@ -100,7 +100,7 @@ class Model:
 
         The values depend on `rng` alone, not on the mesh.
         """
-        return _init(self, rng, jnp.dtype(param_dtype).name)
+        return _initializer(self, jnp.dtype(param_dtype).name)(rng)
 
     def num_params(self) -> int:
         """The number of parameters (a tied head counts once)."""
@@ -213,12 +213,14 @@ def _policy(remat: str, implementation: str):
     return keep
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _init(model: Model, rng: jax.Array, param_dtype: str) -> Params:
-    module = Decoder(model.config, model.lora, rng)
-    params = nnx.to_pure_dict(nnx.split(module, nnx.Param, graph=False)[1])
-    params = jax.tree.map(lambda x: x.astype(param_dtype), params)
-    return params if model.mesh is None else jax.lax.with_sharding_constraint(params, model.param_shardings())
+@functools.lru_cache(maxsize=16)
+def _initializer(model: Model, param_dtype: str):
+    def init(rng: jax.Array) -> Params:
+        module = Decoder(model.config, model.lora, rng)
+        params = nnx.to_pure_dict(nnx.split(module, nnx.Param, graph=False)[1])
+        return jax.tree.map(lambda x: x.astype(param_dtype), params)
+
+    return jax.jit(init, out_shardings=None if model.mesh is None else model.param_shardings())
 
 
 def param_shardings(model: Model, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Params:

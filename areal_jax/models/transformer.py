@@ -78,11 +78,10 @@ class Linear(nnx.Module):
         self.inputs = len(into)
         self.kernel = make("layers", *out, *into)
         self.bias = make("layers", *out, init="zeros") if bias else None
-        self.lora_a = self.lora_b = self.scale = None
-        if make.lora and name in make.lora.targets:
-            self.scale = make.lora.scale
-            self.lora_a = make("layers", "lora", *into)
-            self.lora_b = make("layers", *out, "lora", init="zeros")
+        adapted = make.lora is not None and name in make.lora.targets
+        self.scale = make.lora.scale if adapted else None
+        self.lora_a = make("layers", "lora", *into) if adapted else None
+        self.lora_b = make("layers", *out, "lora", init="zeros") if adapted else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = contract(x, self.kernel[...], self.inputs)

@@ -15,11 +15,16 @@ def _functions(model):
     return jax.jit(model.prefill, donate_argnums=1), jax.jit(model.decode, donate_argnums=1)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+FAST = ("qwen2-tied", "mistral", "qwen3-moe")
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in tiny.CONFIGS if n not in FAST)]
+)
 def test_prefill_and_decode_equal_the_full_forward(name):
     model, params = tiny.model_and_params(name)
     tokens, positions, segment_ids = tiny.one_sequence(2, LENGTH, seed=3)
-    expected = np.asarray(jax.jit(model.logits)(params, tokens, positions, segment_ids))
+    expected = np.asarray(tiny.jit(model.logits)(params, tokens, positions, segment_ids))
     prefill, decode = _functions(model)
     slots, lengths = np.array([3, 1], np.int32), np.array([60, 41], np.int32)
     cache = model.init_cache(SLOTS, LENGTH)
@@ -35,7 +40,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
         np.testing.assert_allclose(np.stack(got)[:, row], want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "mistral", "qwen3-moe"])
+@pytest.mark.parametrize("name", FAST)
 def test_a_slot_does_not_depend_on_the_others_bit_for_bit(name):
     model, params = tiny.model_and_params(name)
     prefill, decode = _functions(model)

@@ -44,8 +44,8 @@ def test_logits_and_logprobs_are_those_of_transformers(checkpoint):
         expected = network(torch.tensor(tokens).long()).logits
         chosen = torch.log_softmax(expected / 0.7, -1)[:, :-1].gather(-1, torch.tensor(tokens).long()[:, 1:, None])
         entropy = torch.distributions.Categorical(logits=expected[:, :-1] / 0.7).entropy()
-    np.testing.assert_allclose(jax.jit(model.logits)(params, tokens, positions, segment_ids), expected, atol=1e-4)
-    got, got_entropy = jax.jit(model.token_logprobs)(params, tokens, positions, segment_ids, 0.7)
+    np.testing.assert_allclose(tiny.jit(model.logits)(params, tokens, positions, segment_ids), expected, atol=1e-4)
+    got, got_entropy = tiny.jit(model.token_logprobs)(params, tokens, positions, segment_ids, 0.7)
     np.testing.assert_allclose(got[:, 1:], chosen[..., 0], atol=1e-4)
     np.testing.assert_allclose(got_entropy[:, 1:], entropy, atol=1e-4)
     np.testing.assert_array_equal(got[:, 0], 0.0)

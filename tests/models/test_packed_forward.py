@@ -14,7 +14,7 @@ from areal_jax.models import attention_cudnn
 from areal_jax.models.attention import attention, masked_attention
 from tests.models import tiny
 
-ROWS, LENGTH = 3, 96
+ROWS, LENGTH = 3, 64
 
 
 def _loss(model, params, tokens, positions, segment_ids, weights):
@@ -36,7 +36,9 @@ def _separate(tokens, positions, segment_ids):
     return out, spans
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-window", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-window", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2-tied", "qwen3", "qwen3-moe"))]
+)
 def test_packed_equals_separate_forward_and_gradient(name):
     model, params = tiny.model_and_params(name)
     batch = tiny.packed(ROWS, LENGTH)
@@ -45,14 +47,14 @@ def test_packed_equals_separate_forward_and_gradient(name):
     weights_alone = np.zeros(alone[0].shape, np.float32)
     for i, (row, columns) in enumerate(spans):
         weights_alone[i, : len(columns)] = weights[row, columns]
-    run = jax.jit(model.token_logprobs)
+    run = tiny.jit(model.token_logprobs)
     packed, separate = run(params, *batch), run(params, *alone)
     for i, (row, columns) in enumerate(spans):
         for p, s in zip(packed, separate):
             np.testing.assert_allclose(p[row, columns], s[i, : len(columns)], atol=2e-5)
             assert p[row, columns[0]] == 0
     np.testing.assert_array_equal(np.asarray(packed)[:, batch[2] == 0], 0.0)
-    grad = jax.jit(jax.grad(functools.partial(_loss, model)))
+    grad = tiny.jit(jax.grad(functools.partial(_loss, model)))
     _assert_trees_close(grad(params, *batch, weights), grad(params, *alone, weights_alone))
 
 
@@ -63,7 +65,7 @@ def _assert_trees_close(got, want, tolerance=2e-5):
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "mistral"])
+@pytest.mark.parametrize("name", ["mistral", pytest.param("qwen2-tied", marks=pytest.mark.slow)])
 def test_no_token_influences_an_earlier_one_or_another_segment(name):
     model, params = tiny.model_and_params(name)
     tokens, positions, segment_ids = tiny.packed(1, 40, segments=3)
@@ -75,7 +77,7 @@ def test_no_token_influences_an_earlier_one_or_another_segment(name):
         return network.logits(fed, np.arange(40, dtype=np.int32)[None], positions, segment_ids)
 
     untied = models.Model(models.ModelConfig.from_hf(tiny.CONFIGS[name] | {"tie_word_embeddings": False}))
-    jacobian = jax.jit(jax.jacrev(lambda x: jnp.sum(jnp.sin(logits_of(x)), axis=-1)))(table)  # [1, T, 1, T, D]
+    jacobian = tiny.jit(jax.jacrev(lambda x: jnp.sum(jnp.sin(logits_of(x)), axis=-1)))(table)  # [1, T, 1, T, D]
     influence = np.abs(np.asarray(jacobian)[0, :, 0]).max(-1)
     query, key = np.indices((40, 40))
     same = segment_ids[0][:, None] == segment_ids[0][None]
@@ -94,17 +96,21 @@ def test_blocks_of_queries_equal_the_full_square():
     for window in (None, 7, 60):
         distance = index[:, None] - index[None]
         mask = (distance >= 0) & (distance < (window or length)) & (segment_ids[:, :, None] == segment_ids[:, None])
-        want = masked_attention(q, k, v, mask)
-        np.testing.assert_allclose(attention(q, k, v, segment_ids, window=window), want, atol=1e-6)
+        want = tiny.jit(masked_attention)(q, k, v, mask)
+        run = tiny.jit(functools.partial(attention, window=window))
+        np.testing.assert_allclose(run(q, k, v, segment_ids), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", [name for name in models.REMAT if name != "none"])
+@pytest.mark.parametrize(
+    "remat",
+    ["attention", *(pytest.param(n, marks=pytest.mark.slow) for n in ("full", "attention_qkv", "attention_mlp"))],
+)
 def test_rematerialisation_changes_no_gradient(remat):
     model, params = tiny.model_and_params("qwen3")
     batch = tiny.packed(2, 48)
     weights = np.ones((2, 48), np.float32)
-    plain = jax.jit(jax.grad(functools.partial(_loss, model)))(params, *batch, weights)
-    again = jax.jit(jax.grad(functools.partial(_loss, model.with_(remat=remat))))(params, *batch, weights)
+    plain = tiny.jit(jax.grad(functools.partial(_loss, model)))(params, *batch, weights)
+    again = tiny.jit(jax.grad(functools.partial(_loss, model.with_(remat=remat))))(params, *batch, weights)
     _assert_trees_close(again, plain, 1e-6)
 
 

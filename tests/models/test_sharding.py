@@ -1,0 +1,93 @@
+"""One device and eight give the same numbers; parameters, gradients and activations live where the rules say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from areal_jax import models
+from areal_jax.models import logprobs, sharding
+from tests.models import tiny
+
+MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)]
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (fake) devices")
+
+
+def _step(model, params, batch):
+    """Loss, and gradients constrained to the parameters' own shards."""
+    tokens, positions, segment_ids, weights = batch
+
+    def loss(p):
+        logprob, entropy = model.token_logprobs(p, tokens, positions, segment_ids, 0.9)
+        return jnp.sum(weights * (logprob + 0.2 * entropy)), logprob
+
+    (value, logprob), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    if model.mesh is not None:
+        grads = jax.lax.with_sharding_constraint(grads, model.param_shardings())
+    return value, logprob, grads
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        *(pytest.param("qwen2-tied", sizes, marks=pytest.mark.slow) for sizes in MESHES[:2]),
+        ("qwen2-untied", MESHES[2]),
+        pytest.param("qwen3-moe", dict(data=2, fsdp=2, expert=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_eight_devices_give_the_numbers_of_one(name, sizes, monkeypatch):
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)  # chunks of the smallest size: several, whatever the mesh
+    model, params = tiny.model_and_params(name)
+    weights = np.random.default_rng(3).standard_normal((8, 160)).astype(np.float32)
+    batch = (*tiny.packed(8, 160), weights)
+    want = tiny.jit(lambda p, b: _step(model, p, b))(params, batch)
+    sharded = model.with_(mesh=models.make_mesh(**sizes))
+    placed = jax.device_put(params, sharded.param_shardings())
+    rows = sharding.named_sharding(sharded.mesh, ("batch", None), (8, 160))
+    got = tiny.jit(lambda p, b: _step(sharded, p, b))(placed, jax.device_put(batch, rows))
+    same_place = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, g.ndim), got[2], placed)
+    assert all(jax.tree.leaves(same_place))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], atol=2e-5)
+    for a, b in zip(jax.tree.leaves(got[2]), jax.tree.leaves(want[2]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()))
+
+
+def test_parameters_are_born_on_their_shards_with_the_same_values():
+    model, _ = tiny.model_and_params("qwen3")
+    sharded = model.with_(mesh=models.make_mesh(data=2, fsdp=2, tensor=2))
+    params = sharded.init(jax.random.key(3))
+    assert jax.tree.map(lambda p: p.sharding, params) == sharded.param_shardings()
+    jax.tree.map(np.testing.assert_array_equal, params, model.init(jax.random.key(3)))
+    kernel = params["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.spec == P(None, "tensor", "fsdp")
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    abstract = sharded.abstract_params()
+    assert jax.tree.map(lambda a: a.sharding, abstract) == sharded.param_shardings()
+
+
+def test_what_does_not_divide_stays_whole():
+    mesh = models.make_mesh(fsdp=2, tensor=4)
+    assert sharding.partition_spec(mesh, ("layers", "kv_heads", "head_dim", "embed"), (3, 2, 16, 48)) == P(
+        None, None, None, "fsdp"
+    )
+    assert sharding.partition_spec(mesh, ("batch", None), (6, 10)) == P("fsdp", None)
+    mesh = models.make_mesh(data=2, fsdp=4)
+    assert sharding.partition_spec(mesh, ("batch",), (8,)) == P(("data", "fsdp"))
+    assert sharding.partition_spec(mesh, ("batch",), (2,)) == P("data")
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(models.ModelError, match="needs 4 devices, there are 8"):
+        models.make_mesh(data=4)
+    with pytest.raises(models.ModelError, match=r"unknown mesh axes.*sequence"):
+        models.make_mesh(sequence=8)
+
+
+def test_every_parameter_has_axes_of_its_rank():
+    for hf in tiny.CONFIGS.values():
+        model = models.Model(models.ModelConfig.from_hf(hf), lora=models.Lora(2))
+        ranks = jax.tree.map(lambda a: len(a.shape), model.abstract_params())
+        assert jax.tree.map(len, model.logical_axes(), is_leaf=sharding.is_axes) == ranks
