@@ -6,6 +6,7 @@ stay in the verifier, and assertions run in a process of their own (see `harness
 
 import dataclasses
 import inspect
+import math
 import os
 import re
 import time
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from areal_jax.rewards import harness, sandbox
 from areal_jax.rewards.code_tests import Assertions, Calls, InputOutput, read_tests, same_output, same_value
-from areal_jax.rewards.outcome import VerifierError
+from areal_jax.rewards.outcome import VerifierError, VerifierTimeout
 from areal_jax.rewards.sandbox import Child, Limits
 
 _FENCE = re.compile(r"^([ \t]*)```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -42,24 +43,26 @@ def grade_code(
     memory_bytes: int = 1 << 30,
     isolation: str = "auto",
     in_place: bool = False,
+    time_limit: float = math.inf,
 ) -> dict[str, Any]:
     """Runs the program in `completion` against `tests` (see `read_tests` for the forms) in a sandbox.
 
     `starter` is code that the prompt gave (HumanEval: the prompt itself): see `extract_program`. `reward`: 1 for all
     tests and else 0, or the fraction that passed. Limits hold for each process, and in the stdin/stdout form each test
-    runs in one of its own; `total_seconds` for all. `in_place`: let assertions see what the program did to the lists,
-    dicts and sets that they passed to it.
+    runs in one of its own; `total_seconds`, or 0.8 of the pool's `time_limit` where that is shorter, is for all tests
+    together. `in_place`: let assertions see what the program did to the lists, dicts and sets that they passed to it.
 
     Returns `reward`, `accuracy` (1.0 if all passed), `passed`, `tests`, and `reason`, the name of the first failure:
     wrong answers and hostile programs score 0 by name. Raises `VerifierError` if the tests cannot be read or there is
-    no sandbox.
+    no sandbox, `VerifierTimeout` if there are more tests than there is time for.
     """
     if reward not in ("all", "fraction"):
         raise VerifierError(f"grade_code: reward must be 'all' or 'fraction', found {reward!r}")
     given = read_tests(tests, entry_point)
     program = extract_program(completion, starter)
-    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_bytes)
-    kind, deadline = sandbox.choose(isolation), time.monotonic() + total_seconds
+    budget = min(total_seconds, 0.8 * time_limit)
+    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=min(wall_seconds, budget), memory_bytes=memory_bytes)
+    kind, deadline = sandbox.choose(isolation), time.monotonic() + budget
     if program is None:
         grade = Grade(0, 1, "no_program")
     elif isinstance(given, InputOutput):
@@ -127,8 +130,9 @@ def _grade_pairs(
     passed, reason = 0, ""
     for stdin, expected in given.cases:
         if time.monotonic() > deadline:
-            reason = reason or "total_timeout"
-            break
+            raise VerifierTimeout(
+                f"the tests together took more than their time; {passed} of {len(given.cases)} passed"
+            )
         result = sandbox.run_script(program, stdin, limits=limits, isolation=kind)
         if not result.reason and same_output(result.stdout, expected):
             passed += 1

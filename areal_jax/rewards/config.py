@@ -16,5 +16,6 @@ class RewardsConfig:
     on_error: str = "drop"  # a verifier that fails: "drop" the sample (counted, named) or "stop" the run
     overlong_max: int = 0  # DAPO overlong penalty: longest answer in tokens; 0: none
     overlong_buffer: int = 0
+    overlong_factor: float = 1.0  # the penalty's weight, in units of the verifiers' scores (before offset and scale)
     max_pending: int = 4096
     address: str = "tcp://127.0.0.1:*"

@@ -8,6 +8,7 @@ runs in a process that is killed at the time limit: the pool's worker if we are 
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import signal
@@ -40,6 +41,7 @@ def verify_math(
     on_timeout: Literal["raise", "zero"] = "raise",
     precision: int = 6,
     tail: int = 4000,
+    time_limit: float = math.inf,
 ) -> float:
     """1.0 if the completion's answer equals `answer`, else 0.0.
 
@@ -48,7 +50,8 @@ def verify_math(
     the last `####`, else the last expression that math-verify finds in the final `tail` characters. `answer` is the
     bare answer, or a solution with a box or `####`. `precision` is the number of decimals to which floats are compared.
 
-    A completion without a readable answer scores 0. Safe in any thread; `timeout` (seconds) really interrupts.
+    A completion without a readable answer scores 0. Safe in any thread; `timeout` (seconds) really interrupts, and so
+    does 0.8 of the pool's `time_limit` where that is shorter.
     Raises `VerifierTimeout` when the comparison takes longer (0.0 with `on_timeout="zero"`), `VerifierError` when the
     gold answer cannot be read or `mode` is unknown.
     """
@@ -83,7 +86,7 @@ def verify_math(
         "precision": precision,
     }
     try:
-        return float(_interruptible(arguments, timeout))
+        return float(_interruptible(arguments, min(timeout, 0.8 * time_limit)))
     except VerifierTimeout:
         if on_timeout == "zero":
             return 0.0

@@ -67,13 +67,14 @@ class VerifierPool:
     async def submit(self, path: str, fields: Mapping[str, Any], *, timeout: float | None = None) -> Outcome:
         """Calls the verifier at `path` with those of `fields` that it accepts, as soon as a worker is free.
 
-        The verifier may be sync or async. Waiting for a free worker does not count against the time limit (seconds).
+        The verifier may be sync or async; it may take `time_limit` (seconds) to know how long it has. Waiting for a
+        free worker does not count against that.
         """
         if self._closed:
             raise VerifierError("this VerifierPool is closed")
         limit = self.timeout if timeout is None else timeout
         loop = asyncio.get_running_loop()
-        outcome = await loop.run_in_executor(self._threads, self._call, path, fields, limit)
+        outcome = await loop.run_in_executor(self._threads, self._call, path, {"time_limit": limit, **fields}, limit)
         self.counts["scored" if isinstance(outcome, Score) else outcome.kind] += 1
         return outcome
 

@@ -38,7 +38,7 @@ def test_sync_and_async_verifiers_get_the_fields_they_name():
     outcomes, counts = run(*calls, ("token_count", {}))
     assert [o.reward for o in outcomes] == [1.0, 0.0, 5.0, 1.0, 3.0]
     assert outcomes[2].accuracy == 1.0 and outcomes[2].values == {"length": 1.0}
-    assert outcomes[3].values == {"fields": 6.0, "prompt_given": 1.0}
+    assert outcomes[3].values == {"fields": 7.0, "prompt_given": 1.0}
     assert counts["scored"] == 5 and counts["started"] == 1
 
 
