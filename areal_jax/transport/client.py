@@ -22,8 +22,9 @@ from areal_jax.transport.options import HELLO_FIRST, TURN, identity, need_keys, 
 class Client:
     """A DEALER socket connected to server `server` of the run, wherever that announces itself.
 
-    `hello`, when given, makes the message that is sent first, and again whenever the server asks for it (it restarted,
-    or took us for dead). `timeout` bounds the wait for the server's announcement and for room to send.
+    `hello`, when given, makes the message that is sent first, and again after every loss of the connection and whenever
+    the server asks for it (it restarted, or took us for dead). `timeout` bounds the wait for the server's announcement
+    and for room to send.
     """
 
     def __init__(
@@ -76,10 +77,14 @@ class Client:
                 await self._send(self._hello())
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+        connected = 0
         while True:
             event = zmq.utils.monitor.parse_monitor_message(await monitor.recv_multipart())
             lost = event["event"] == zmq.EVENT_DISCONNECTED
             self._gone_since = time.monotonic() if lost else None
+            connected += not lost
+            if not lost and connected > 1 and self._hello is not None:  # what was under way may be lost: start afresh
+                await self._send(self._hello())
 
     async def _follow(self) -> None:
         while True:

@@ -187,6 +187,8 @@ class GetBatch(Message, tag="get_batch"):
 
 
 class Batch(Message, tag="batch"):
+    """The groups of one training step, oldest first. The last batch of finite data may be short; an empty one ends it."""
+
     version: int
     groups: list[GroupResult]
     report: dict[str, float] = {}  # the controller's own metrics for this step (queue, staleness, dropped, ...)
@@ -199,7 +201,7 @@ class NotReady(Message, tag="not_ready"):
 
 
 class Publish(Message, tag="publish"):
-    """Trainer: this version exists (its batch, version - 1, is consumed for good)."""
+    """Trainer: this version exists (its batch, version - 1, is consumed for good). The answer is `Published`."""
 
     manifest: Manifest
 
@@ -234,7 +236,7 @@ class State(Message, tag="state"):
 
 
 class SetState(Message, tag="set_state"):
-    """Trainer, on resume: go on from this state."""
+    """Trainer, on resume: go on from this state. The answer is `Published`; then publish that very version."""
 
     version: int
     data: bytes

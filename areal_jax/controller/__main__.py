@@ -1,0 +1,78 @@
+"""Start the controller of a run: python -m areal_jax.controller --workdir DIR"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from areal_jax import config as configuration
+from areal_jax.controller.config import ControllerConfig
+from areal_jax.controller.core import Core
+from areal_jax.controller.service import Service
+from areal_jax.data.config import DataConfig
+from areal_jax.data.readers import DataError, load_dataset
+from areal_jax.transport.errors import TransportError
+from areal_jax.transport.sockets import Server
+
+
+def make_core(config: dict[str, Any], incarnation: int, now: float) -> Core:
+    """The core of the run that `config` (as from `areal_jax.config.load`) describes; raises `DataError`."""
+    data = configuration.section(DataConfig, config["data"], "data")
+    evaluation = load_dataset(data.eval, data) if data.eval else []
+    limit = data.eval_limit if data.eval_limit > 0 else len(evaluation)
+    return Core(
+        configuration.section(ControllerConfig, config["controller"], "controller"),
+        load_dataset(data.train, data),
+        [evaluation[i] for i in range(min(limit, len(evaluation)))],
+        seed=config["seed"],
+        rolling=config["rollout"]["rolling_updates"],
+        update_limit=2 * config["rollout"]["weights_timeout"],
+        stop_on_failure=config["rewards"]["on_error"] == "stop",
+        incarnation=incarnation,
+        now=now,
+    )
+
+
+def next_incarnation(workdir: Path) -> int:
+    """How many controllers this run has had before; counts this one."""
+    path = workdir / "controller.incarnation"
+    count = int(path.read_text()) if path.exists() else 0
+    draft = path.with_suffix(".new")
+    draft.write_text(str(count + 1))
+    draft.replace(path)
+    return count
+
+
+async def serve(core: Core, config: dict[str, Any], workdir: Path) -> str | None:
+    """Serve until the run is over, or SIGTERM or SIGINT asks for an end. Returns the diagnosis of a failed run."""
+    async with Server(core.config.address, "controller", workdir) as server:
+        service = Service(core, server, config["name"])
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, service.end, f"the controller got {number.name}")
+        return await service.run()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m areal_jax.controller", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="the run's folder, with its config.json")
+    workdir = parser.parse_args().workdir
+    try:
+        config = configuration.load(workdir)
+        core = make_core(config, next_incarnation(workdir), time.monotonic())
+        diagnosis = asyncio.run(serve(core, config, workdir))
+    except (configuration.ConfigError, DataError, TransportError) as error:
+        print(f"controller: {error}", file=sys.stderr)
+        return 2
+    if diagnosis:
+        print(f"controller: the run cannot go on: {diagnosis}", file=sys.stderr)
+    return 1 if diagnosis else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The controller on the network: messages in, the core's decisions out. It decides nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from areal_jax.controller.core import Core, Send, Stop
+from areal_jax.transport import messages as m
+from areal_jax.transport.sockets import HELLO_FIRST, Peer, Server
+
+LONG_POLL = 1.0  # seconds a request may wait for its answer before `NotReady`
+LAST_WORDS = 5.0  # seconds after the end in which others still get answers
+
+
+class Service:
+    """Runs `core` behind `server` until the run is over, has failed, or `end` is called.
+
+    Long-poll requests (GetBatch, Evaluate) are held for a second and answered at once when there is something.
+    """
+
+    def __init__(self, core: Core, server: Server, run: str, clock: Callable[[], float] = time.monotonic):
+        self.core, self.server, self._run, self._clock = core, server, run, clock
+        self._peers: dict[str, Peer] = {}  # where each role is reached
+        self._names: dict[Peer, str] = {}
+        self._replaced: deque[Peer] = deque(maxlen=256)  # rollout workers whose name another process has taken
+        self._waiting: list[tuple[Peer, m.Message, float]] = []
+        self._end_at: float | None = None
+        self._ended = asyncio.Event()
+
+    async def run(self) -> str | None:
+        """Serve until the end. Returns None when all went well, else the diagnosis."""
+        tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._tick())]
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in (*tasks, ended):
+                task.cancel()
+        return self.core.stopped
+
+    def end(self, reason: str) -> None:
+        """Tell everybody to end, then return from `run` soon."""
+        if self._end_at is None:
+            self.core.shutdown(reason)
+            self._end_at = self._clock() + 0.5
+
+    async def _receive(self) -> None:
+        async for peer, message in self.server:
+            reply = self._handle(peer, message)
+            if reply is not None:
+                await self.server.send(peer, reply)
+            await self._act()
+
+    async def _tick(self) -> None:
+        period = min(0.25, self.core.config.heartbeat_seconds / 2)
+        while True:
+            await asyncio.sleep(period)
+            now = self._clock()
+            self.core.tick(now)
+            await self._act()
+            if self._end_at is not None and (now >= self._end_at or not self.core.alive("rollout")):
+                self._ended.set()
+
+    # --- Messages --------------------------------------------------------------------------------------------------
+
+    def _handle(self, peer: Peer, message: m.AnyMessage) -> m.Message | None:
+        now, core = self._clock(), self.core
+        match message:
+            case m.Hello():
+                return self._hello(peer, message, now)
+            case m.Heartbeat() | m.Goodbye() | m.SampleDone() | m.SampleFailed() | m.WeightsLoaded():
+                if self._names.get(peer) != message.name or not core.knows(message.name):
+                    if peer in self._replaced:
+                        return m.Shutdown(reason=f"another process has taken the name {message.name}")
+                    return m.Refused(reason=HELLO_FIRST)
+                self._from_role(message, now)
+                return None
+            case m.GetBatch() | m.Evaluate():
+                core.heard(peer.name, now)
+                reply = self._ask(message, now)
+                if isinstance(reply, m.NotReady):
+                    self._waiting = [entry for entry in self._waiting if entry[0] != peer]
+                    self._waiting.append((peer, message, now + LONG_POLL))
+                    return None
+                return reply
+            case m.Publish():
+                core.heard(peer.name, now)
+                return core.publish(message.manifest, now)
+            case m.GetState():
+                return core.get_state(message.version)
+            case m.SetState():
+                return core.set_state(message, now)
+            case m.GetStatus():
+                return m.Status(data=core.status(now) | self._sockets())
+            case m.Finish():
+                report = core.finish(now) | self._sockets()
+                self._end_at = self._end_at or now + LAST_WORDS
+                return m.Status(data=report)
+        return m.Refused(reason=f"the controller does not take {type(message).__name__}")
+
+    def _sockets(self) -> dict[str, Any]:
+        return {
+            "refused": dict(self.server.guard.refused),
+            "refused_by_peer": self.server.guard.refused_by_peer(),
+            "unauthenticated": self.server.unauthenticated,
+            "undelivered": self.server.undelivered,
+        }
+
+    def _hello(self, peer: Peer, hello: m.Hello, now: float) -> m.Message | None:
+        if hello.protocol != m.PROTOCOL:
+            return m.Refused(reason=f"protocol {hello.protocol}, this controller speaks {m.PROTOCOL}: update one side")
+        old = self._peers.get(hello.name)
+        if old is not None and old != peer:
+            self._names.pop(old, None)
+            if hello.role == "rollout":
+                self._replaced.append(old)
+        self._peers[hello.name] = peer
+        self._names[peer] = hello.name
+        self.core.hello(hello, now)
+        return None
+
+    def _from_role(self, message: m.AnyMessage, now: float) -> None:
+        core = self.core
+        core.heard(message.name, now)
+        match message:
+            case m.Heartbeat():
+                core.heartbeat(message, now)
+            case m.SampleDone():
+                core.sample_done(message, now)
+            case m.SampleFailed():
+                core.sample_failed(message, now)
+            case m.WeightsLoaded():
+                core.weights_loaded(message, now)
+            case m.Goodbye():
+                core.goodbye(message.name, now)
+                self._names.pop(self._peers.pop(message.name), None)
+
+    def _ask(self, message: m.GetBatch | m.Evaluate, now: float) -> m.Message:
+        if isinstance(message, m.GetBatch):
+            return self.core.get_batch(message.version, now)
+        return self.core.evaluate(message.version, now)
+
+    async def _act(self) -> None:
+        """Carry out what the core has decided, and answer the requests that can be answered now."""
+        now = self._clock()
+        waiting, self._waiting = self._waiting, []
+        for peer, message, deadline in waiting:
+            if now < deadline and not self.core.changed:
+                self._waiting.append((peer, message, deadline))
+                continue
+            reply = self._ask(message, now)
+            if isinstance(reply, m.NotReady) and now < deadline:
+                self._waiting.append((peer, message, deadline))
+            else:
+                await self.server.send(peer, reply)
+        self.core.changed = False
+        while actions := self.core.take_actions():
+            for action in actions:
+                if isinstance(action, Stop):
+                    self._end_at = self._end_at or now + LAST_WORDS
+                elif isinstance(action, Send):
+                    await self._send(action, now)
+
+    async def _send(self, action: Send, now: float) -> None:
+        message = action.message
+        if isinstance(message, m.Welcome):
+            message = m.Welcome(self._run, message.heartbeat_seconds, message.reward_endpoints)
+        peer = self._peers.get(action.to)
+        if peer is not None and not await self.server.send(Peer(peer.identity), message):
+            self._names.pop(self._peers.pop(action.to), None)
+            self.core.unreachable(action.to, now)
