@@ -56,7 +56,10 @@ def chosen(weights, features, tokens):
 
 
 def train(objective, steps, key, lag, rate):
-    """One run of objective number `objective` -> the probability of a right token after every step [steps], and the final norm of the weights."""
+    """One run of objective number `objective`, by plain SGD at `rate`, on responses sampled `lag` steps ago.
+
+    Returns the mean probability of a right token after every step [steps], and the final norm of the weights.
+    """
     key_features, key_targets, key = jax.random.split(key, 3)
     features = jax.random.normal(key_features, (CONTEXTS, FEATURES))
     targets = jax.random.randint(key_targets, (CONTEXTS, POSITIONS), 0, VOCAB)
@@ -111,6 +114,11 @@ def sweep(objective, steps, keys):
     return run(keys, jnp.array(LAGS), jnp.array(RATES))
 
 
+def by_rate(values) -> dict[str, list]:
+    """[R, ...] -> one plain list per learning rate."""
+    return {str(rate): np.round(values[i].astype(float), 4).tolist() for i, rate in enumerate(RATES)}
+
+
 def machine() -> str:
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
@@ -125,7 +133,8 @@ def plot(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(RATES), 1 + len(LAGS), figsize=(3.4 * (1 + len(LAGS)), 2.9 * len(RATES)), sharey=True)
+    rows, columns = len(RATES), 1 + len(LAGS)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows), sharey=True)
     colours = dict(zip(OBJECTIVES, plt.get_cmap("tab10").colors))
     for row, rate in zip(axes, RATES):
         for name, result in results.items():
@@ -152,16 +161,18 @@ def main():
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
     arguments = parser.parse_args()
+    for path in filter(None, (arguments.json, arguments.plot)):
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            parser.error(f"there is no folder for {path}")
 
     keys = jax.vmap(jax.random.key)(arguments.seed + jnp.arange(arguments.seeds))
-    print(f"P(right token) after {arguments.steps} steps; mean over {arguments.seeds} seeds ± standard error; chance", end=" ")
-    print(f"{1 / VOCAB:.3f}\non: {machine()}\n")
+    print(f"P(right token) after {arguments.steps} steps (chance: {1 / VOCAB:.3f})")
+    print(f"mean over {arguments.seeds} seeds ± standard error; on {machine()}\n")
     results, started = {}, time.perf_counter()
     for number, name in enumerate(OBJECTIVES):
         curves, norms = (np.asarray(x) for x in sweep(number, arguments.steps, keys))
         final = curves[..., -max(1, arguments.steps // 30) :].mean(-1)
         thin = curves.mean(2)[..., :: max(1, arguments.steps // 150)]
-        by_rate = lambda x: {str(rate): np.round(x[i].astype(float), 4).tolist() for i, rate in enumerate(RATES)}  # noqa: E731
         results[name] = {
             "steps": arguments.steps,
             "end": by_rate(final.mean(-1)),
