@@ -7,7 +7,8 @@ number of terms sets the length of the answer. Problem i depends only on the set
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Arithmetic:
         return {
             "prompt": "+".join(map(str, terms)) + "?",
             "answer": str(sum(terms)),
-            "solution": ";".join(_steps(terms)) + f"####{sum(terms)}",
+            "solution": worked(itertools.accumulate(terms), terms),
         }
 
 
@@ -58,10 +59,15 @@ def parse_spec(spec: str) -> Arithmetic:
     return Arithmetic(**settings)
 
 
-def _steps(terms: list[int]) -> Iterator[str]:
-    total = terms[0]
-    for term in terms[1:]:
-        yield f"{total}+{term}={total + term}"
-        total += term
+def terms_of(prompt: str) -> list[int]:
+    """The terms that a prompt of this generator asks to add."""
+    return [int(term) for term in prompt.removesuffix("?").split("+")]
+
+
+def worked(totals: Iterable[int], terms: Sequence[int]) -> str:
+    """The worked solution with these running sums (the first is the first term, the last the answer)."""
+    totals = list(totals)
+    steps = (f"{before}+{term}={after}" for before, term, after in zip(totals, terms[1:], totals[1:]))
+    return ";".join(steps) + f"####{totals[-1]}"
 
 

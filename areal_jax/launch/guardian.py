@@ -1,0 +1,51 @@
+"""A watcher that outlives the supervisor: when the supervisor is gone, however it went, nothing else stays behind.
+
+The supervisor starts it with a pipe on its standard input and writes one line per process group: "+123" when one is
+started, "-123" when it has ended. The end of the pipe means that the supervisor is dead. Then the groups that are left
+are told to end (so that the trainer saves a checkpoint), and killed after the grace period. Imports next to nothing.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+
+
+def watch(lines, grace: float) -> None:
+    """Read `lines` to their end, then end every process group that was started and has not ended."""
+    groups: list[int] = []
+    for line in lines:
+        sign, group = line[:1], int(line[1:])
+        if sign == "+":
+            groups.append(group)
+        elif group in groups:
+            groups.remove(group)
+    end_groups(groups, grace)
+
+
+def end_groups(groups: list[int], grace: float) -> None:
+    """SIGTERM to all `groups`, SIGKILL after `grace` seconds to what is left of them."""
+    for group in groups:
+        send(group, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while (groups := [group for group in groups if send(group, 0)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for group in groups:
+        send(group, signal.SIGKILL)
+
+
+def send(group: int, number: int) -> bool:
+    """Signal a process group; False if nothing is left of it."""
+    try:
+        os.killpg(group, number)
+        return True
+    except (ProcessLookupError, PermissionError):
+        return False
+
+
+if __name__ == "__main__":
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    with contextlib.suppress(BrokenPipeError):
+        watch(sys.stdin, float(sys.argv[1]))

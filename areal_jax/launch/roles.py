@@ -1,0 +1,101 @@
+"""Which processes a run has, with which command and environment; a plain function of the config."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from areal_jax.config import ConfigError
+from areal_jax.launch.supervisor import Role
+
+ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[list[Role], list[str]]:
+    """(every role of the run, the names of the leaders: when they have ended, the run has).
+
+    `config` is as from `areal_jax.config.resolve`. Raises `ConfigError` if there are fewer GPUs than asked for.
+    """
+    launch, workdir = config["launch"], os.path.abspath(workdir)
+    base = _base_env(config)
+    gpus = GpuShares(launch["rollout_gpus"], config["rollout"]["workers"], config["trainer"]["processes"])
+
+    def role(kind: str, name: str, arguments: list[str], extra: Mapping[str, Any], **options) -> Role:
+        python = (config["rollout"]["python"] or sys.executable) if kind == "rollout" else sys.executable
+        command = (python, "-m", f"areal_jax.{kind}", "--workdir", workdir, *arguments)
+        env = base | {key: str(value) for key, value in (launch["env"] | dict(extra)).items()}
+        return Role(name=name, command=command, env=env, **options)
+
+    restarts = launch["restarts"]
+    no_gpu = {"JAX_PLATFORMS": "cpu"}
+    roles = [role("controller", "controller", [], no_gpu, restarts=restarts)]
+    for i in range(config["rewards"]["services"]):
+        name = f"rewards-{i}"
+        roles.append(role("rewards", name, ["--index", str(i)], no_gpu, restarts=restarts, peers="rewards"))
+    leaders = []
+    for i in range(config["trainer"]["processes"]):
+        name = "trainer" if config["trainer"]["processes"] == 1 else f"trainer-{i}"
+        leaders.append(name)
+        extra = gpus.trainer(i) | launch["trainer_env"]
+        # Several JAX processes are one program: when one dies the others cannot go on, so none is restarted alone.
+        again = launch["trainer_restarts"] if config["trainer"]["processes"] == 1 else 0
+        roles.append(role("trainer", name, ["--process", str(i)], extra, restarts=again))
+    for i in range(config["rollout"]["workers"]):
+        extra = gpus.rollout(i) | launch["rollout_env"]
+        options = {"restarts": restarts, "nice": launch["rollout_nice"], "peers": "rollout"}
+        roles.append(role("rollout", f"rollout-{i}", ["--index", str(i)], extra, **options))
+    return roles, leaders
+
+
+class GpuShares:
+    """CUDA_VISIBLE_DEVICES of each role: the first GPUs to the rollout workers, what is left to the trainer."""
+
+    def __init__(self, each: int, workers: int, trainers: int):
+        self._each, self._workers, self._trainers = each, workers, trainers
+        self._gpus = visible_gpus() if each else []
+        self._left = self._gpus[each * workers :]
+        if each and len(self._left) < trainers:
+            raise ConfigError(
+                f"launch.rollout_gpus={each} with rollout.workers={workers} leaves {len(self._left)} of "
+                f"{len(self._gpus)} GPUs to {trainers} trainer process(es)"
+            )
+
+    def rollout(self, index: int) -> dict[str, str]:
+        return self._env(self._gpus[index * self._each : (index + 1) * self._each])
+
+    def trainer(self, index: int) -> dict[str, str]:
+        share = len(self._left) // self._trainers
+        return self._env(self._left[index * share : (index + 1) * share])
+
+    def _env(self, gpus: list[str]) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if self._each else {}
+
+
+def visible_gpus() -> list[str]:
+    """The ids of the NVIDIA GPUs that this process may use; none without a driver."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(i) for i, line in enumerate(listing.splitlines()) if line.startswith("GPU ")]
+
+
+def _base_env(config: Mapping[str, Any]) -> dict[str, str]:
+    """What all roles inherit: this process's environment, the place of `areal_jax`, and quiet, offline libraries."""
+    path = os.environ.get("PYTHONPATH", "")
+    env = os.environ | {"PYTHONPATH": ROOT + (os.pathsep + path if path else ""), "PYTHONUNBUFFERED": "1"}
+    env.setdefault("HF_HUB_OFFLINE", "1")
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    env.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    cache = config["launch"]["compile_cache"]
+    if cache:
+        env["JAX_COMPILATION_CACHE_DIR"] = os.path.abspath(cache)
+        env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    return env

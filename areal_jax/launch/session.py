@@ -1,0 +1,136 @@
+"""One run from the launcher's side: its folder, its processes, what is shown meanwhile and what is said at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from areal_jax import config as configs
+from areal_jax.config import ConfigError
+from areal_jax.launch import summary
+from areal_jax.launch.roles import roles_of
+from areal_jax.launch.supervisor import Outcome, Supervisor, diagnosis, log_tail
+from areal_jax.launch.view import make_view
+from areal_jax.transport.endpoints import make_keys
+
+# What may differ between the first start of a run and the next: how it is shown and supervised, where it listens, and
+# how long it goes on. Everything else would make it another run.
+_MAY_CHANGE = ("metrics", "launch", "name")
+_KEYS_MAY_CHANGE = {
+    "trainer": {"steps", "checkpoint_every", "keep_checkpoints", "batch_timeout", "eval_every", "processes"},
+    "rollout": {"workers", "python", "weights_timeout", "slots", "steps_per_dispatch"},
+    "rewards": {"services", "processes", "address", "timeout"},
+    "controller": {"address", "heartbeat_limit", "heartbeat_seconds", "progress_limit", "max_attempts"},
+}
+
+
+def prepare(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
+    """Make the run's folder: config.json, keys, no endpoints of an earlier start.
+
+    `config` is resolved. Raises `ConfigError` if the folder holds another run, a finished one, or one that is running.
+    """
+    workdir = Path(workdir)
+    if (workdir / "config.json").exists():
+        _check_same_run(configs.load(workdir), config, workdir)
+        if (workdir / "summary.json").exists() and _steps_done(workdir) >= config["trainer"]["steps"]:
+            raise ConfigError(f"the run in {workdir} is finished; use another --workdir, or raise trainer.steps")
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir} holds something that is not a run (no config.json); use another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _lock(workdir):
+            configs.save(config, workdir)
+            make_keys(workdir)
+            (workdir / "summary.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {workdir} cannot be used: {error.strerror}") from None
+
+
+def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
+    """Start all roles of the prepared run in `workdir` and stay until its end; returns the exit code."""
+    workdir = Path(workdir)
+    try:
+        with _lock(workdir):
+            _clear_endpoints(workdir)
+            roles, leaders = roles_of(config, workdir)
+            started = time.time()
+            view = make_view(config, workdir)
+            grace = config["launch"]["stop_grace"]
+            supervisor = Supervisor(roles, leaders, workdir, grace=grace, tell=view.tell)
+            with view:
+                outcome = supervisor.run(view.tick)
+            _clear_endpoints(workdir)
+            return report(outcome, workdir, started, supervisor.restarts)
+    except ConfigError as error:
+        print(f"areal_jax: error: {error}", file=sys.stderr)
+        return 2
+
+
+def report(outcome: Outcome, workdir: Path, started: float, restarts: int) -> int:
+    """Say how the run ended: the summary, or the end of the failing role's log. Returns the exit code."""
+    if outcome.status == "finished":
+        try:
+            with open(workdir / "summary.json", encoding="utf-8") as file:
+                values = json.load(file)
+        except (OSError, json.JSONDecodeError) as error:
+            print(f"areal_jax: the run ended, but {workdir}/summary.json cannot be read: {error}", file=sys.stderr)
+            return 1
+        summary.show(values, workdir, time.time() - started, restarts)
+        return 0
+    if outcome.status == "stopped":
+        print(f"areal_jax: {outcome.reason}; everything has ended. The same command again goes on from the checkpoint.")
+        return outcome.exit_code
+    log = workdir / "logs" / f"{outcome.role}.log"
+    tail = log_tail(log)
+    print(f"\n--- the end of {log} ---", file=sys.stderr)
+    print("\n".join(tail), file=sys.stderr)
+    print(f"---\nareal_jax: the run failed: {outcome.reason}: {diagnosis(tail)}", file=sys.stderr)
+    return outcome.exit_code
+
+
+def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
+    for key in new:
+        if key in _MAY_CHANGE or old[key] == new[key]:
+            continue
+        if not isinstance(new[key], dict):
+            raise _another_run(workdir, key, old[key], new[key])
+        for name in new[key]:
+            if old[key][name] != new[key][name] and name not in _KEYS_MAY_CHANGE.get(key, ()):
+                raise _another_run(workdir, f"{key}.{name}", old[key][name], new[key][name])
+
+
+def _another_run(workdir: Path, key: str, old: Any, new: Any) -> ConfigError:
+    return ConfigError(
+        f"{workdir} holds a run with {key}={old!r}, not {new!r}: use another --workdir, or the same settings to go on"
+    )
+
+
+def _steps_done(workdir: Path) -> int:
+    try:
+        return int(json.loads((workdir / "summary.json").read_text()).get("steps", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+@contextlib.contextmanager
+def _lock(workdir: Path) -> Iterator[None]:
+    """Hold the run's folder; raises `ConfigError` if another launcher does."""
+    with open(workdir / "launch.lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"the run in {workdir} is running already (its launcher holds launch.lock)") from None
+        yield
+
+
+def _clear_endpoints(workdir: Path) -> None:
+    """No one listens any more: a later start must not find this one's addresses."""
+    for name in (workdir / "endpoints").glob("*") if (workdir / "endpoints").is_dir() else ():
+        name.unlink(missing_ok=True)

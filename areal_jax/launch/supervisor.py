@@ -1,0 +1,275 @@
+"""Starts the roles of a run as processes, starts again what dies, and ends everything together.
+
+Each role is the leader of its own process group and writes to `WORKDIR/logs/NAME.log`. The run is over when the trainer
+ends. Nothing stays behind: the groups are ended with the supervisor, and a guardian process ends them should the
+supervisor itself be killed. This module knows processes and signals; what the roles are is decided in `roles`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from areal_jax.launch.guardian import end_groups, send
+
+STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
+FAREWELL_SECONDS = 15.0  # how far apart the trainer and the others may end by themselves
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Role:
+    """One process of a run."""
+
+    name: str  # "rollout-0": also the name of its log
+    command: tuple[str, ...]
+    env: dict[str, str]  # the whole environment
+    restarts: int = 0  # times that it may die in a row
+    nice: int = 0
+    may_restart: Callable[[], bool] = lambda: True  # asked after a death
+    peers: str = ""  # roles with the same word stand in for one another: one of them may be given up
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: status is "finished", "stopped" (by a signal) or "failed"."""
+
+    status: str
+    reason: str = ""
+    role: str = ""  # the role that failed
+
+    @property
+    def exit_code(self) -> int:
+        return {"finished": 0, "stopped": 130}.get(self.status, 1)
+
+
+class _Process:
+    """A role and its present process."""
+
+    def __init__(self, role: Role):
+        self.role = role
+        self.popen: subprocess.Popen | None = None
+        self.started = 0.0
+        self.deaths = 0
+        self.given_up = False
+        self.left_at: float | None = None  # when it was first seen to have ended well
+
+
+class Supervisor:
+    """Runs `roles`; the one named first in `leaders` decides: when all leaders ended well, the run is finished. `grace`
+    is what a role gets to end when told to, `farewell` what lies between the ends of roles that go by themselves.
+
+    `tell(text)` gets one line per event (a restart, the reason of an end).
+    """
+
+    def __init__(
+        self, roles: Sequence[Role], leaders: Sequence[str], workdir: str | os.PathLike, *, grace: float = 60.0,
+        farewell: float = FAREWELL_SECONDS, tell: Callable[[str], None] = print,
+    ):  # fmt: skip
+        self._processes = {role.name: _Process(role) for role in roles}
+        self._leaders = list(leaders)
+        self._logs = Path(workdir) / "logs"
+        self._grace, self._farewell, self._tell = grace, farewell, tell
+        self._guardian: subprocess.Popen | None = None
+        self._signals = 0
+        self.restarts = 0
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self, tick: Callable[[], None] = lambda: None, interval: float = 0.2) -> Outcome:
+        """Start everything and stay until the end; `tick()` is called every `interval` seconds (the live view).
+
+        SIGINT and SIGTERM end the run in order: the leaders first, so that they can save. A second one kills at once.
+        """
+        previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            self.start()
+            while (outcome := self._look()) is None:
+                tick()
+                time.sleep(interval)
+            self.stop(outcome)
+            return outcome
+        finally:
+            self._kill_all()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def start(self) -> None:
+        """Start the guardian and every role."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace)]
+        self._guardian = subprocess.Popen(guard, stdin=subprocess.PIPE, text=True, process_group=0, env=_own_env())
+        for process in self._processes.values():
+            self._spawn(process)
+
+    def pid(self, name: str) -> int:
+        """The process id of role `name` (also its group's)."""
+        return self._processes[name].popen.pid
+
+    def _look(self) -> Outcome | None:
+        """Notice what ended since the last look, start it again where that is allowed; the outcome when it is over."""
+        if self._signals:
+            return Outcome("stopped", "told to stop")
+        for process in self._processes.values():
+            if process.given_up or process.popen is None or (code := process.popen.poll()) is None:
+                continue
+            if code == 0 and (process.role.name in self._leaders or self._may_leave(process)):
+                continue
+            failure = self._after_death(process, code)
+            if failure is not None:
+                return failure
+        if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
+            return Outcome("finished")
+        return None
+
+    def _may_leave(self, process: _Process) -> bool:
+        """At the end of a run, the others are told to go and may be gone shortly before the trainer."""
+        if process.left_at is None:
+            process.left_at = time.monotonic()
+        return time.monotonic() - process.left_at < self._farewell
+
+    def _after_death(self, process: _Process, code: int) -> Outcome | None:
+        role = process.role
+        self._sweep(process)
+        if time.monotonic() - process.started > STABLE_SECONDS:
+            process.deaths = 0
+        process.deaths += 1
+        how = describe_exit(code)
+        if process.deaths <= role.restarts and role.may_restart():
+            self._tell(f"{role.name} {how}; starting it again ({process.deaths} of {role.restarts})")
+            self.restarts += 1
+            self._spawn(process)
+            return None
+        others = [p for p in self._processes.values() if role.peers and p.role.peers == role.peers and not p.given_up]
+        if len(others) > 1:
+            process.given_up = True
+            left = len(others) - 1
+            self._tell(f"{role.name} {how} {process.deaths} times in a row and is given up; others go on: {left}")
+            return None
+        again = f", {process.deaths} times in a row" if process.deaths > 1 else ""
+        return Outcome("failed", f"{role.name} {how}{again}", role.name)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def stop(self, outcome: Outcome) -> None:
+        """End all roles: let them leave by themselves after a finished run, else tell leaders, then the others."""
+        if outcome.status == "finished":
+            self._wait(self._alive(), self._farewell)
+        else:
+            self._end([p for p in self._alive() if p.role.name in self._leaders])
+        self._end(self._alive())
+
+    def _end(self, processes: list[_Process]) -> None:
+        for process in processes:
+            send(process.popen.pid, signal.SIGTERM)
+        self._wait(processes, self._grace)
+        for process in processes:
+            if process.popen.poll() is None:
+                self._tell(f"{process.role.name} did not end within {self._grace:.0f} s and is killed")
+                self._sweep(process)
+
+    def _wait(self, processes: list[_Process], seconds: float) -> None:
+        deadline, signals = time.monotonic() + seconds, self._signals
+        while any(p.popen.poll() is None for p in processes) and time.monotonic() < deadline:
+            if self._signals > max(signals, 1):
+                return  # told a second time: do not wait
+            time.sleep(0.05)
+
+    def _alive(self) -> list[_Process]:
+        return [p for p in self._processes.values() if p.popen is not None and p.popen.poll() is None]
+
+    def _kill_all(self) -> None:
+        for process in self._processes.values():
+            if process.popen is not None:
+                self._sweep(process)
+        if self._guardian is not None:
+            self._guardian.stdin.close()  # with nothing left to guard, it ends at once
+            self._guardian.wait()
+            self._guardian = None
+
+    def _sweep(self, process: _Process) -> None:
+        """Kill what is left of a role's process group, and reap the role."""
+        end_groups([process.popen.pid], 0.0)
+        process.popen.wait()
+        self._note(f"-{process.popen.pid}")
+
+    # -- processes -------------------------------------------------------------------------------------------------
+
+    def _spawn(self, process: _Process) -> None:
+        role = process.role
+        with open(self._logs / f"{role.name}.log", "ab") as log:
+            process.popen = subprocess.Popen(
+                role.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=role.env,
+                process_group=0, preexec_fn=_die_with(os.getpid(), role.nice),
+            )  # fmt: skip
+        process.started, process.left_at = time.monotonic(), None
+        self._note(f"+{process.popen.pid}")
+
+    def _note(self, line: str) -> None:
+        if self._guardian is not None:
+            self._guardian.stdin.write(line + "\n")
+            self._guardian.stdin.flush()
+
+    def _on_signal(self, *_) -> None:
+        self._signals += 1
+
+
+def describe_exit(code: int) -> str:
+    """What an exit code says, in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    hint = " (out of memory? see the kernel's log)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"
+
+
+def log_tail(path: str | os.PathLike, lines: int = 30, nbytes: int = 65536) -> list[str]:
+    """The last lines of a log."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - nbytes))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []
+
+
+def diagnosis(tail: Sequence[str]) -> str:
+    """The line of a log's tail that most likely says what was wrong: its last error, else its last line."""
+    errors = [line for line in tail if _looks_like_error(line)]
+    return (errors or [line for line in tail if line.strip()] or ["its log is empty"])[-1].strip()
+
+
+def _looks_like_error(line: str) -> bool:
+    head = line.split(":", 1)[0].strip()
+    return not line.startswith(" ") and ":" in line and head.replace(".", "").replace("_", "").isalnum() and (
+        head.endswith(("Error", "Exception", "Died", "Refused", "Timeout")) or head.lower() in ("error", "fatal")
+    )  # fmt: skip
+
+
+def _own_env() -> dict[str, str]:
+    """This process's environment, with the folder that `areal_jax` was found in."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.environ.get("PYTHONPATH", "")
+    return os.environ | {"PYTHONPATH": root + (os.pathsep + path if path else "")}
+
+
+def _die_with(parent: int, nice: int) -> Callable[[], None]:
+    """What a child does before it becomes the role: ask to be ended with `parent` (Linux), and take its niceness."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if libc is not None:
+            libc.prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:
+                os._exit(1)  # it died before the line above
+        if nice:
+            os.nice(nice)
+
+    return prepare

@@ -1,0 +1,323 @@
+"""Everything that can be known to be wrong with a run before any process starts, each as one line: `ConfigError`.
+
+Nothing here touches an accelerator or allocates a parameter: the checks read the config, the heads of files, the data
+set, and the tables of names that the roles themselves use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from areal_jax.config import ConfigError, resolve, section
+from areal_jax.data.config import DataConfig
+from areal_jax.data.prompts import render_prompt
+from areal_jax.data.readers import DataError, Dataset, load_dataset
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_CHOICES = {
+    "controller.over_age": ("drop", "wait"),
+    "rollout.engine": ("jax", "vllm"),
+    "rollout.kv_policy": ("recompute", "keep"),
+    "rollout.dtype": ("float32", "bfloat16", "float16"),
+    "rewards.on_error": ("drop", "stop"),
+    "trainer.packing": ("dynamic", "fixed"),
+    "trainer.schedule": ("constant", "linear", "cosine"),
+    "trainer.param_dtype": ("float32", "bfloat16"),
+    "trainer.compute_dtype": ("float32", "bfloat16"),
+    "trainer.publish_dtype": ("float32", "bfloat16"),
+    "trainer.weights_transport": ("shm", "tcp", "disk"),
+    "data.template": ("auto", "chat", "none"),
+    "data.too_long": ("error", "skip"),
+    "data.bad_record": ("error", "skip"),
+    "metrics.view": ("auto", "full", "lines", "none"),
+}
+_AT_LEAST = {
+    1: (
+        "controller.batch_size", "controller.group_size", "controller.max_attempts",
+        "controller.eval_samples_per_prompt", "rollout.workers", "rollout.slots", "rollout.max_new_tokens",
+        "rollout.steps_per_dispatch", "rewards.services", "rewards.processes", "rewards.max_pending", "trainer.steps",
+        "trainer.minibatches", "trainer.row_length", "trainer.rows", "trainer.fixed_sequences", "trainer.processes",
+        "trainer.keep_checkpoints",
+    ),
+    0: (
+        "controller.max_staleness", "controller.max_concurrent", "controller.epochs", "rollout.min_new_tokens",
+        "rollout.temperature", "rollout.eval_temperature", "rollout.top_k", "rewards.overlong_max",
+        "rewards.overlong_buffer", "trainer.warmup_steps", "trainer.weight_decay", "trainer.max_grad_norm",
+        "trainer.checkpoint_every", "trainer.eval_every", "trainer.lora_rank", "trainer.kl_coef", "data.eval_limit",
+        "data.max_prompt_tokens", "launch.restarts", "launch.trainer_restarts", "launch.rollout_gpus",
+    ),
+}  # fmt: skip
+_ABOVE_0 = (
+    "controller.heartbeat_seconds", "controller.heartbeat_limit", "controller.progress_limit", "rollout.top_p",
+    "rollout.weights_timeout", "rewards.timeout", "trainer.learning_rate", "trainer.batch_timeout",
+    "trainer.epsilon", "launch.stop_grace", "metrics.refresh_seconds",
+)  # fmt: skip
+
+
+def validate(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved config of a run that can start, or `ConfigError` with the first thing that is wrong with it."""
+    resolved = resolve(config)
+    check_settings(resolved)
+    check_addresses(resolved)
+    check_rewards(resolved)
+    check_model(resolved)
+    check_data(resolved)
+    check_programs(resolved)
+    return resolved
+
+
+# -- settings alone ----------------------------------------------------------------------------------------------------
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Ranges, names and combinations; looks at nothing but `config` (as from `resolve`)."""
+    for key, choices in _CHOICES.items():
+        if _get(config, key) not in choices:
+            raise ConfigError(f"{key}={_get(config, key)!r} is unknown; it must be one of {', '.join(choices)}")
+    for least, keys in _AT_LEAST.items():
+        for key in keys:
+            if _get(config, key) < least:
+                raise ConfigError(f"{key}={_get(config, key)!r} must be at least {least}")
+    for key in _ABOVE_0:
+        if not _get(config, key) > 0:
+            raise ConfigError(f"{key}={_get(config, key)!r} must be greater than 0")
+    _check_lengths(config["rollout"], config["trainer"], config["controller"])
+    _check_rewards_settings(config["rewards"])
+    _check_objective(config)
+    _check_mesh(config["trainer"])
+
+
+def _check_lengths(rollout: dict, trainer: dict, controller: dict) -> None:
+    if rollout["top_p"] > 1:
+        raise ConfigError(f"rollout.top_p={rollout['top_p']} must be at most 1")
+    if rollout["temperature"] == 0:
+        raise ConfigError("rollout.temperature=0 (greedy) leaves nothing to explore; use 1.0")
+    if rollout["max_new_tokens"] >= rollout["max_length"]:
+        raise ConfigError(
+            f"rollout.max_new_tokens={rollout['max_new_tokens']} leaves no room for a prompt in "
+            f"rollout.max_length={rollout['max_length']}"
+        )
+    if rollout["min_new_tokens"] > rollout["max_new_tokens"]:
+        raise ConfigError("rollout.min_new_tokens is greater than rollout.max_new_tokens")
+    if rollout["max_length"] > trainer["row_length"]:
+        raise ConfigError(
+            f"rollout.max_length={rollout['max_length']} is longer than trainer.row_length={trainer['row_length']}: "
+            f"a sequence must fit into one packed row"
+        )
+    concurrent = controller["max_concurrent"]
+    if concurrent and controller["max_staleness"] == 0 and concurrent < controller["batch_size"]:
+        raise ConfigError(
+            f"controller.max_concurrent={concurrent} groups is less than controller.batch_size="
+            f"{controller['batch_size']}, which max_staleness=0 generates at once; use 0 (no limit)"
+        )
+    if controller["group_size"] == 1 and trainer["advantage"] == "group_relative":
+        raise ConfigError("controller.group_size=1 makes every group-relative advantage 0; use 2 or more")
+    if trainer["minibatches"] > controller["batch_size"] * controller["group_size"]:
+        raise ConfigError(f"trainer.minibatches={trainer['minibatches']} is more than there are samples in a batch")
+    if trainer["checkpoint_every"] > trainer["steps"]:
+        raise ConfigError("trainer.checkpoint_every is greater than trainer.steps; use 0 for the end only")
+
+
+def _check_rewards_settings(rewards: dict) -> None:
+    count = len(rewards["verifiers"])
+    if not count:
+        raise ConfigError("rewards.verifiers is empty: name a function, e.g. 'areal_jax.rewards:verify_math'")
+    for key in ("weights", "verifier_args"):
+        if len(rewards[key]) != count:
+            raise ConfigError(f"rewards.{key} has {len(rewards[key])} entries for {count} verifiers; give one each")
+    if rewards["overlong_buffer"] > rewards["overlong_max"]:
+        raise ConfigError("rewards.overlong_buffer is longer than rewards.overlong_max")
+
+
+def _check_objective(config: Mapping[str, Any]) -> None:
+    from areal_jax.trainer import objectives
+
+    trainer = config["trainer"]
+    names = ("correction", "correction_args", "aggregate", "kl_coef", "entropy_coef", "proximal", "minibatches")
+    try:
+        objectives.make(trainer["objective"], trainer["objective_args"], **{name: trainer[name] for name in names})
+    except objectives.ObjectiveError as error:
+        raise ConfigError(str(error)) from None
+    _check_advantage(trainer)
+
+
+def _check_advantage(trainer: dict) -> None:
+    try:
+        from areal_jax.trainer import advantages
+    except ImportError:
+        return
+    check = getattr(advantages, "check", None)
+    if check is None:
+        return
+    try:
+        check(trainer["advantage"], trainer["advantage_args"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_mesh(trainer: dict) -> None:
+    axes = {name: trainer[name] for name in ("data_parallel", "fsdp", "tensor", "expert")}
+    for name, size in axes.items():
+        if size != -1 and size < 1:
+            raise ConfigError(f"trainer.{name}={size} must be a number of devices, or -1 for whatever is left")
+    if sum(size == -1 for size in axes.values()) > 1:
+        raise ConfigError("only one of trainer.data_parallel, fsdp, tensor, expert can be -1 (whatever is left)")
+
+
+# -- what the settings point to ----------------------------------------------------------------------------------------
+
+
+def check_addresses(config: Mapping[str, Any]) -> None:
+    """Every address can be bound now."""
+    taken: dict[str, str] = {}
+    for key in ("controller.address", "rewards.address"):
+        address = _get(config, key)
+        scheme, _, rest = address.partition("://")
+        host, _, port = rest.rpartition(":")
+        if scheme != "tcp" or not host or not (port == "*" or port.isdigit()):
+            raise ConfigError(f"{key}={address!r} is not an address; write tcp://HOST:PORT or tcp://HOST:*")
+        if port == "*":
+            continue
+        if address in taken or (key == "rewards.address" and config["rewards"]["services"] > 1):
+            raise ConfigError(f"{key}={address!r} is for one process only; use tcp://{host}:* for a free port each")
+        taken[address] = key
+        _check_port(key, host, int(port))
+
+
+def _check_port(key: str, host: str, port: int) -> None:
+    where = "" if host == "*" else host.strip("[]")
+    try:
+        family = socket.getaddrinfo(where or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((where, port))
+    except OSError as error:
+        raise ConfigError(f"{key}: port {port} of {host}: {error.strerror}; use another, or '*'") from None
+
+
+def check_rewards(config: Mapping[str, Any]) -> None:
+    """Every verifier, and the workflow, can be imported."""
+    from areal_jax.rewards.loading import load_verifier
+    from areal_jax.rewards.outcome import VerifierError
+
+    for path in config["rewards"]["verifiers"]:
+        try:
+            load_verifier(path)
+        except VerifierError as error:
+            raise ConfigError(f"rewards.verifiers: {_line(error)}") from None
+    path = config["rollout"]["workflow"]
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    try:
+        getattr(importlib.import_module(module), name)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        message = f"rollout.workflow {path!r} does not import: {type(error).__name__}: {_line(error)}"
+        raise ConfigError(message) from None
+
+
+def check_model(config: Mapping[str, Any]) -> None:
+    """The checkpoint folder is whole, its architecture is known, and its context is long enough."""
+    from areal_jax.models.config import ModelConfig, ModelError
+
+    folder = config["model"]
+    if not folder:
+        raise ConfigError("no model given: set --config.model to the folder of a Hugging Face checkpoint")
+    if not os.path.isdir(folder):
+        raise ConfigError(f"the model folder '{folder}' does not exist")
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise ConfigError(f"the model folder '{folder}' has no config.json; give a Hugging Face checkpoint folder")
+    if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+        raise ConfigError(f"the model folder '{folder}' has no *.safetensors; other weight formats are not read")
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
+        raise ConfigError(f"the model folder '{folder}' has no tokenizer (tokenizer.json); copy it from the base model")
+    try:
+        model = ModelConfig.from_hf(folder)
+    except (ModelError, json.JSONDecodeError) as error:
+        raise ConfigError(f"model '{folder}': {_line(error)}") from None
+    if config["rollout"]["max_length"] > model.max_positions:
+        raise ConfigError(
+            f"rollout.max_length={config['rollout']['max_length']} is longer than the model's context of "
+            f"{model.max_positions} tokens"
+        )
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer in '{folder}' names no end-of-sequence token: no answer would ever end")
+    if len(tokenizer) > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in '{folder}' has {len(tokenizer)} tokens, the model {model.vocab_size}: they do not match"
+        )
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The checkpoint's tokenizer, from the folder alone; raises `ConfigError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a broken folder
+        raise ConfigError(f"the tokenizer in '{folder}' cannot be loaded: {_line(error)}") from None
+
+
+def check_data(config: Mapping[str, Any]) -> None:
+    """Both data sets can be read, and every prompt fits the context (or is to be skipped)."""
+    data = section(DataConfig, config["data"])
+    limit = prompt_limit(config)
+    tokenizer = load_tokenizer(config["model"])
+    for key in ("train", "eval"):
+        spec = getattr(data, key)
+        if key == "eval" and not spec:
+            continue
+        try:
+            dataset = load_dataset(spec, data)
+            lengths = list(prompt_lengths(dataset, tokenizer, data))
+        except (DataError, ValueError) as error:
+            raise ConfigError(f"data.{key}: {_line(error)}") from None
+        too_long = [i for i, length in enumerate(lengths) if length > limit]
+        if too_long and data.too_long == "error":
+            first = too_long[0]
+            raise ConfigError(
+                f"data.{key}: {len(too_long)} of {len(dataset)} prompts of '{spec}' are too long; the first is record "
+                f"{first} with {lengths[first]} tokens, and {limit} fit (rollout.max_length - rollout.max_new_tokens, "
+                f"data.max_prompt_tokens); data.too_long='skip' leaves them out"
+            )
+        if len(too_long) == len(dataset):
+            raise ConfigError(f"data.{key}: all {len(dataset)} prompts of '{spec}' are longer than {limit} tokens")
+        usable = len(dataset) - len(too_long)
+        if key == "train" and config["controller"]["epochs"] and usable < config["controller"]["batch_size"]:
+            raise ConfigError(
+                f"data.train: {usable} prompts are fewer than one batch (controller.batch_size="
+                f"{config['controller']['batch_size']})"
+            )
+
+
+def prompt_limit(config: Mapping[str, Any]) -> int:
+    """The longest prompt, in tokens, that leaves room for the longest answer."""
+    rollout = config["rollout"]
+    return config["data"]["max_prompt_tokens"] or rollout["max_length"] - rollout["max_new_tokens"]
+
+
+def prompt_lengths(dataset: Dataset, tokenizer: Any, data: DataConfig, at_most: int = 20_000) -> Iterator[int]:
+    """Tokens of each prompt, of the first `at_most`."""
+    for index in range(min(len(dataset), at_most)):
+        yield len(render_prompt(dataset[index], tokenizer, data))
+
+
+def check_programs(config: Mapping[str, Any]) -> None:
+    """The rollout workers' interpreter exists."""
+    python = config["rollout"]["python"]
+    if python and shutil.which(python) is None:
+        raise ConfigError(f"rollout.python='{python}' is not an executable file")
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    name, field = key.split(".")
+    return config[name][field]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,155 @@
+"""The supervisor with small programs in place of the roles: deaths, restarts, signals, and nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+from areal_jax.launch.supervisor import Outcome, Role, Supervisor, describe_exit, diagnosis
+
+FOREVER = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); signal.pause()"
+CRASH = "raise ValueError('the shape is wrong')"
+# Counts its lives in a file, and ends well in the third one.
+THIRD_TIME = "import sys; f = open(sys.argv[1], 'a+'); f.write('x'); f.seek(0); sys.exit(len(f.read()) < 3)"
+UNTIL_HELLO = """
+import os, sys, time
+while not os.path.exists(sys.argv[1] + "/logs/rewards-0.log") or not open(sys.argv[1] + "/logs/rewards-0.log").read():
+    time.sleep(0.01)
+"""
+ROOT = Path(__file__).parents[2]
+
+
+def role(name, program, *arguments, **options):
+    command = (sys.executable, "-c", program, *map(str, arguments))
+    return Role(name=name, command=command, env=dict(os.environ), **options)
+
+
+def run(tmp_path, *roles, leaders=("trainer",), tick=lambda supervisor: None, grace=5.0):
+    told = []
+    supervisor = Supervisor(roles, leaders, tmp_path, grace=grace, tell=told.append)
+    outcome = supervisor.run(lambda: tick(supervisor), interval=0.01)
+    assert not psutil.Process().children(recursive=True)
+    return outcome, told, supervisor
+
+
+def alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_the_run_ends_with_the_trainer_and_everyone_goes(tmp_path):
+    outcome, told, _ = run(tmp_path, role("trainer", UNTIL_HELLO, tmp_path), role("rewards-0", "print('hello')"))
+    assert told == []  # that the other one left first is no death
+    assert outcome == Outcome("finished") and outcome.exit_code == 0
+    assert (tmp_path / "logs" / "rewards-0.log").read_text() == "hello\n"
+
+
+def test_a_worker_that_dies_is_started_again_and_its_log_goes_on(tmp_path):
+    lives = tmp_path / "lives"
+    lives.touch()
+    wait = "import os, sys, time\nwhile os.path.getsize(sys.argv[1]) < 3: time.sleep(0.01)"
+    worker = role("rollout-0", THIRD_TIME, lives, restarts=5, peers="rollout")
+    outcome, told, supervisor = run(tmp_path, role("trainer", wait, lives), worker)
+    assert outcome.status == "finished"
+    assert lives.read_text() == "xxx" and supervisor.restarts == 2
+    assert told[0] == "rollout-0 ended with exit code 1; starting it again (1 of 5)"
+
+
+def test_a_worker_that_dies_too_often_ends_the_run_with_its_name(tmp_path):
+    outcome, told, _ = run(tmp_path, role("trainer", FOREVER), role("rollout-0", CRASH, restarts=2, peers="rollout"))
+    assert outcome == Outcome("failed", "rollout-0 ended with exit code 1, 3 times in a row", "rollout-0")
+    assert outcome.exit_code == 1 and len(told) == 2
+    log = (tmp_path / "logs" / "rollout-0.log").read_text().splitlines()
+    assert diagnosis(log) == "ValueError: the shape is wrong"
+
+
+def test_one_of_several_workers_may_be_given_up(tmp_path):
+    state = {}
+
+    def tick(supervisor):
+        if any("given up" in line for line in state["told"]):
+            os.kill(supervisor.pid("trainer"), signal.SIGUSR1)
+
+    trainer = "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); signal.pause()"
+    told = state["told"] = []
+    roles = [role("rollout-0", CRASH, restarts=1, peers="rollout"), role("rollout-1", FOREVER, peers="rollout")]
+    supervisor = Supervisor([role("trainer", trainer), *roles], ["trainer"], tmp_path, grace=5, tell=told.append)
+    outcome = supervisor.run(lambda: tick(supervisor), interval=0.01)
+    assert outcome.status == "finished"
+    assert told[-1] == "rollout-0 ended with exit code 1 2 times in a row and is given up; others go on: 1"
+
+
+def test_a_signal_ends_the_trainer_first_and_a_role_that_ignores_it_is_killed(tmp_path):
+    order = tmp_path / "order"
+    note = "import signal, sys, os\ndef end(*_):\n  open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(0)\n"
+    polite = note + "signal.signal(signal.SIGTERM, end); print('up', flush=True); signal.pause()"
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+    logs = tmp_path / "logs"
+    names = ("trainer", "controller", "rollout-0")
+
+    def tick(_):
+        if all((logs / f"{n}.log").read_text() for n in names):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome, told, _ = run(
+        tmp_path, role("controller", polite, order, "c"), role("trainer", polite, order, "t"),
+        role("rollout-0", stubborn), tick=tick, grace=0.5,
+    )  # fmt: skip
+    assert outcome.status == "stopped" and outcome.exit_code == 130
+    assert order.read_text() == "tc"
+    assert any(line.startswith("rollout-0 did not end") for line in told)
+
+
+def test_grandchildren_go_with_their_role(tmp_path):
+    pids = tmp_path / "pid"
+    program = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()']);"
+        "open(sys.argv[1], 'w').write(str(p.pid))"
+    )
+    outcome, _, _ = run(tmp_path, role("trainer", program, pids))
+    assert outcome.status == "finished" and not alive(int(pids.read_text()))
+
+
+def test_nothing_is_left_when_the_supervisor_itself_is_killed(tmp_path):
+    launcher = textwrap.dedent(f"""
+        import os, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from areal_jax.launch.supervisor import Role, Supervisor
+        stubborn = ("import signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+                    "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()']); signal.pause()")
+        polite = {FOREVER!r}
+        programs = {{"trainer": polite, "x": stubborn}}
+        roles = [Role(name=n, command=(sys.executable, "-c", p), env=dict(os.environ)) for n, p in programs.items()]
+        s = Supervisor(roles, ["trainer"], {str(tmp_path)!r}, grace=0.3)
+        s.start()
+        print("up", flush=True)
+        import signal; signal.pause()
+    """)
+    process = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    me = psutil.Process(process.pid)
+    while len(children := me.children(recursive=True)) < 4:  # guardian, trainer, x and its child
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert not left, left
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(0, "ended with exit code 0"), (-11, "was killed by SIGSEGV"), (-9, "was killed by SIGKILL (out of memory?")],
+)
+def test_exit_codes_in_words(code, words):
+    assert describe_exit(code).startswith(words)
+
+
+def test_the_diagnosis_is_the_last_error_of_the_log():
+    log = ["Traceback (most recent call last):", '  File "x.py", line 1', "    raise: x", "zmq.error.ZMQError: taken"]
+    assert diagnosis([*log, "bye"]) == "zmq.error.ZMQError: taken"
+    assert diagnosis(["a", "b", ""]) == "b"
+    assert diagnosis([]) == "its log is empty"

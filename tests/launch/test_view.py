@@ -1,0 +1,76 @@
+import io
+
+from rich.console import Console
+
+from areal_jax.config import default_config, resolve
+from areal_jax.launch import snapshot as snapshots
+from areal_jax.launch import summary
+from areal_jax.launch.view import activity, screen, step_line, words
+
+CONFIG = resolve(default_config())
+ROWS = [
+    {"step": i, "reward/mean": 0.1 * i, "reward/accuracy": 0.1 * i, "staleness/max": i % 3, "staleness/hist": [3, 2, 1],
+     "perf/gen_tokens_per_s": 1000.0 * i, "perf/train_tokens_per_s": 500.0}
+    | ({"eval/accuracy": 0.25} if i == 0 else {})
+    for i in range(10)
+]  # fmt: skip
+STATUS = {
+    "queue_depth": 4, "running_groups": 11,
+    "roles": {
+        "trainer": {"role": "trainer", "phase": "waiting:batch", "clock": {}, "gauges": {}, "heard": 9.0},
+        "rollout-0": {"role": "rollout", "phase": "generating", "heard": 0.3, "version": 4, "running": 12, "slots": 64,
+                      "clock": {"starting": 9.0, "generating": 3.0, "idle": 1.0}},
+    },
+}  # fmt: skip
+
+
+def test_a_snapshot_gathers_both_sides():
+    state = snapshots.snapshot(ROWS, STATUS, CONFIG)
+    assert (state.step, state.steps, state.bound) == (10, 100, 4)
+    assert state.accuracy[-1] == 0.9 and state.staleness == [30, 20, 10] and state.max_staleness == 2
+    assert state.held_out == [(0, 0.25)]
+    assert state.members[0] == snapshots.Member("rollout-0", "generating", 0.75, "version 4, 12 of 64 slots")
+    assert state.members[1].detail == "silent for 9 s" and (state.queue, state.running) == (4, 11)
+
+
+def test_nothing_known_yet_is_no_error():
+    state = snapshots.snapshot([], {}, CONFIG)
+    assert activity(state) == "starting"
+    assert "step" in step_line(state, 0.0)
+    Console(file=io.StringIO()).print(screen(state, "x", 0.0, []))
+
+
+def test_lines_and_screen_show_the_numbers():
+    state = snapshots.snapshot(ROWS, STATUS, CONFIG)
+    line = step_line(state, 61.0)
+    assert "step  10/100" in line and "accuracy  90.0%" in line and "generated 9,000 tokens/s" in line
+    assert activity(state) == "rollout-0 generating, trainer waits for batch"
+    text = io.StringIO()
+    Console(file=text, width=120).print(screen(state, "quick start", 61.0, ["10:00:00 rollout-0 died"]))
+    shown = ("10 of 100", "1:01", "25.0%", "9,000 tokens/s", "waits for batch", "bound 4", "rollout-0 died", "50.0%")
+    for expected in shown:
+        assert expected in text.getvalue(), expected
+
+
+def test_histograms_of_different_lengths_add_up():
+    assert snapshots.histogram([{"staleness/hist": [4]}, {}, {"staleness/hist": [1, 0, 2]}]) == [5, 0, 2]
+
+
+def test_sparkline_scales_and_averages():
+    assert snapshots.sparkline([0.0, 1.0]) == "▁█"
+    assert snapshots.sparkline([0.5], low=0.0, high=1.0) == "▅"
+    assert snapshots.sparkline([0, 0, 1, 1], width=2) == "▁█"
+    assert len(snapshots.sparkline(list(range(1000)), width=60)) == 60
+    assert snapshots.sparkline([]) == "" and snapshots.sparkline([2.0, 2.0]) == "▁▁"
+
+
+def test_the_summary_in_words(tmp_path):
+    (tmp_path / "export").mkdir()
+    values = {"accuracy_before": 0.31, "accuracy_after": 0.957, "trained_samples": 12800, "trainer_idle_fraction": 0.1}
+    text = "\n".join(summary.lines(values, tmp_path, 185.2, 2))
+    for expected in ("31.0% → 95.7%", "12,800", "10.0%", "3 min 05 s", "processes started again", "export"):
+        assert expected in text, expected
+
+
+def test_phases_in_words():
+    assert words("waiting:controller") == "waits for controller" and words("loading_weights") == "loading weights"
