@@ -3,9 +3,9 @@
 
 A Qwen2-architecture network and a byte-level tokenizer in Hugging Face format, trained from scratch on worked sums
 ("3+5+9?" -> "3+5=8;8+9=17####17"). Its teacher is careless: in three of four cases where the units add to 12 or more
-it forgets to carry. So the network is right on some held-out sums and far from all, which is what RL has to mend. What
-comes out is an ordinary checkpoint: nothing in the system knows where it came from. The same seed gives
-the same checkpoint on the same machine with the same version of jax.
+it forgets to carry. So the network is right on some held-out sums and far from all, which is what reinforcement
+learning has to mend. What comes out is an ordinary checkpoint: nothing in the system knows where it came from. The same
+seed gives the same checkpoint on the same machine with the same version of jax.
 """
 
 from __future__ import annotations
