@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from areal_jax.models import attention as attention_lib
-from areal_jax.models import attention_cudnn, decode, logprobs, sharding
+from areal_jax.models import attention_cudnn, decode, logprobs, moe, sharding
 from areal_jax.models.config import ModelConfig, ModelError
 from areal_jax.models.transformer import Decoder, Lora
 
@@ -52,6 +52,7 @@ class Model:
     compute_dtype: Any = "float32"
     attention: str = "auto"  # xla | cudnn | auto: cudnn on an NVIDIA GPU that can, else xla
     max_segments: int = 64  # for cudnn: the most segments in a row; a row with more gives NaN, never a wrong number
+    experts: str = "auto"  # dense | grouped | auto: grouped but on CPU, where it saves nothing
     remat: str = "none"  # one of REMAT
     lora: Lora | None = None
     mesh: Mesh | None = None
@@ -64,6 +65,8 @@ class Model:
         if self.attention not in attention_lib.IMPLEMENTATIONS:
             known = ", ".join(attention_lib.IMPLEMENTATIONS)
             raise ModelError(f"attention implementation {self.attention!r} is unknown; known: {known}")
+        if self.experts not in moe.IMPLEMENTATIONS:
+            raise ModelError(f"experts={self.experts!r} is unknown; known: {', '.join(moe.IMPLEMENTATIONS)}")
 
     def with_(self, **changes) -> "Model":
         """The same model with some fields replaced."""
@@ -124,10 +127,12 @@ class Model:
             )  # fmt: skip
             return place(out, *_HEADS, like=k), state
 
+        grouped = self.experts == "grouped" or (self.experts == "auto" and jax.default_backend() != "cpu")
+        mix = moe.grouped(place) if grouped else moe.dense
         stacked, block = net.split_layers()
 
         def layer(x, params):
-            x, _ = block(params)(place(x, "batch", None, None), rope, attend, None)
+            x, _ = block(params)(place(x, "batch", None, None), rope, attend, None, mix)
             return place(x, "batch", None, None), None
 
         if self.remat != "none":

@@ -21,6 +21,8 @@ from areal_jax.models.config import ModelConfig, ModelError, Rope
 
 # (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, state) -> (out_BxTxNxH, state): how a query finds its keys.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, object], tuple[jax.Array, object]]
+# The experts' products, for networks that have experts: `moe.dense` or what `moe.grouped` returns.
+Mix = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Mlp(nnx.Module):
         self.up = Linear(make, "up", ("mlp",), ("embed",))
         self.down = Linear(make, "down", ("embed",), ("mlp",))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mix: Mix) -> jax.Array:
         gate, up = checkpoint_name(self.gate(x), "mlp_gate"), checkpoint_name(self.up(x), "mlp_up")
         return self.down(jax.nn.silu(gate) * up)
 
@@ -183,11 +185,12 @@ class Experts(nnx.Module):
         self.up = make("layers", "expert", "expert_mlp", "embed")
         self.down = make("layers", "expert", "embed", "expert_mlp")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return moe.feed_forward(
-            x, self.router[...], self.gate[...], self.up[...], self.down[...],
-            top_k=self.config.experts_per_token, renormalize=self.config.renormalize_router,
-        )  # fmt: skip
+    def __call__(self, x_BxTxD: jax.Array, mix: Mix) -> jax.Array:
+        c = self.config
+        indices, weights = moe.route(
+            x_BxTxD, self.router[...], top_k=c.experts_per_token, renormalize=c.renormalize_router
+        )
+        return mix(x_BxTxD, indices, weights, self.gate[...], self.up[...], self.down[...])
 
 
 class Block(nnx.Module):
@@ -200,12 +203,12 @@ class Block(nnx.Module):
         self.mlp_norm = make("layers", "embed", init="ones")
         self.mlp = Experts(make) if make.config.num_experts else Mlp(make)
 
-    def __call__(self, x_BxTxD, rope, attend: Attend, state):
+    def __call__(self, x_BxTxD, rope, attend: Attend, state, mix: Mix = moe.dense):
         with jax.named_scope("attention"):
             out, state = self.attention(rms_norm(x_BxTxD, self.attention_norm[...], self.eps), rope, attend, state)
             x_BxTxD = x_BxTxD + out
         with jax.named_scope("mlp"):
-            x_BxTxD = x_BxTxD + self.mlp(rms_norm(x_BxTxD, self.mlp_norm[...], self.eps))
+            x_BxTxD = x_BxTxD + self.mlp(rms_norm(x_BxTxD, self.mlp_norm[...], self.eps), mix)
         return x_BxTxD, state
 
 

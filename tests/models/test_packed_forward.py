@@ -101,10 +101,8 @@ def test_blocks_of_queries_equal_the_full_square():
         np.testing.assert_allclose(run(q, k, v, segment_ids), want, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "remat",
-    ["attention", *(pytest.param(n, marks=pytest.mark.slow) for n in ("full", "attention_qkv", "attention_mlp"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [name for name in models.REMAT if name != "none"])
 def test_rematerialisation_changes_no_gradient(remat):
     model, params = tiny.model_and_params("qwen3")
     batch = tiny.packed(2, 48)
