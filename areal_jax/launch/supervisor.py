@@ -7,7 +7,6 @@ supervisor itself be killed. This module knows processes and signals; what the r
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import signal
@@ -17,9 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from areal_jax.launch import child
 from areal_jax.launch.guardian import end_groups, send
 
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
+SETTING_WRONG = 2  # exit codes of a role: nothing can change by starting it again
+TOLD_TO_STOP = 75  # it has saved what it needs to go on
 FAREWELL_SECONDS = 15.0  # how far apart the trainer and the others may end by themselves
 
 
@@ -46,7 +48,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        return {"finished": 0, "stopped": 130}.get(self.status, 1)
+        return {"finished": 0, "stopped": 130}.get(self.status, 1)  # 130: as after Ctrl-C
 
 
 class _Process:
@@ -121,6 +123,8 @@ class Supervisor:
                 continue
             if code == 0 and (process.role.name in self._leaders or self._may_leave(process)):
                 continue
+            if process.role.name in self._leaders and code == TOLD_TO_STOP:
+                return Outcome("stopped", f"{process.role.name} was told to stop")
             failure = self._after_death(process, code)
             if failure is not None:
                 return failure
@@ -141,13 +145,13 @@ class Supervisor:
             process.deaths = 0
         process.deaths += 1
         how = describe_exit(code)
-        if process.deaths <= role.restarts and role.may_restart():
+        if process.deaths <= role.restarts and code != SETTING_WRONG and role.may_restart():
             self._tell(f"{role.name} {how}; starting it again ({process.deaths} of {role.restarts})")
             self.restarts += 1
             self._spawn(process)
             return None
         others = [p for p in self._processes.values() if role.peers and p.role.peers == role.peers and not p.given_up]
-        if len(others) > 1:
+        if len(others) > 1 and code != SETTING_WRONG:
             process.given_up = True
             left = len(others) - 1
             self._tell(f"{role.name} {how} {process.deaths} times in a row and is given up; others go on: {left}")
@@ -204,9 +208,10 @@ class Supervisor:
     def _spawn(self, process: _Process) -> None:
         role = process.role
         with open(self._logs / f"{role.name}.log", "ab") as log:
+            prepare = (sys.executable, "-S", child.__file__, str(os.getpid()), str(role.nice))
             process.popen = subprocess.Popen(
-                role.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=role.env,
-                process_group=0, preexec_fn=_die_with(os.getpid(), role.nice),
+                (*prepare, *role.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env=role.env, process_group=0,
             )  # fmt: skip
         process.started, process.left_at = time.monotonic(), None
         self._note(f"+{process.popen.pid}")
@@ -258,18 +263,3 @@ def _own_env() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH", "")
     return os.environ | {"PYTHONPATH": root + (os.pathsep + path if path else "")}
-
-
-def _die_with(parent: int, nice: int) -> Callable[[], None]:
-    """What a child does before it becomes the role: ask to be ended with `parent` (Linux), and take its niceness."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        if libc is not None:
-            libc.prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
-            if os.getppid() != parent:
-                os._exit(1)  # it died before the line above
-        if nice:
-            os.nice(nice)
-
-    return prepare

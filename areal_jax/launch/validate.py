@@ -26,6 +26,7 @@ _CHOICES = {
     "rollout.kv_policy": ("recompute", "keep"),
     "rollout.dtype": ("float32", "bfloat16", "float16"),
     "rewards.on_error": ("drop", "stop"),
+    "trainer.guard": ("skip", "stop"),
     "trainer.packing": ("dynamic", "fixed"),
     "trainer.schedule": ("constant", "linear", "cosine"),
     "trainer.param_dtype": ("float32", "bfloat16"),
@@ -51,6 +52,7 @@ _AT_LEAST = {
         "rewards.overlong_buffer", "trainer.warmup_steps", "trainer.weight_decay", "trainer.max_grad_norm",
         "trainer.checkpoint_every", "trainer.eval_every", "trainer.lora_rank", "trainer.kl_coef", "data.eval_limit",
         "data.max_prompt_tokens", "launch.restarts", "launch.trainer_restarts", "launch.rollout_gpus",
+        "trainer.grad_norm_limit", "trainer.ratio_limit", "trainer.mismatch_limit", "trainer.equal_rewards_limit",
     ),
 }  # fmt: skip
 _ABOVE_0 = (
@@ -136,28 +138,14 @@ def _check_rewards_settings(rewards: dict) -> None:
 
 
 def _check_objective(config: Mapping[str, Any]) -> None:
-    from areal_jax.trainer import objectives
+    from areal_jax.trainer import advantages, objectives
 
     trainer = config["trainer"]
     names = ("correction", "correction_args", "aggregate", "kl_coef", "entropy_coef", "proximal", "minibatches")
     try:
         objectives.make(trainer["objective"], trainer["objective_args"], **{name: trainer[name] for name in names})
+        advantages.check(trainer["advantage"], trainer["advantage_args"])
     except objectives.ObjectiveError as error:
-        raise ConfigError(str(error)) from None
-    _check_advantage(trainer)
-
-
-def _check_advantage(trainer: dict) -> None:
-    try:
-        from areal_jax.trainer import advantages
-    except ImportError:
-        return
-    check = getattr(advantages, "check", None)
-    if check is None:
-        return
-    try:
-        check(trainer["advantage"], trainer["advantage_args"])
-    except ValueError as error:
         raise ConfigError(str(error)) from None
 
 

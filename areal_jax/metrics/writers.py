@@ -59,9 +59,10 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of `workdir/metrics.jsonl`, oldest first; of a step that was done again after a resume, the newest.
+    """The lines of `workdir/metrics.jsonl` by step, one dict each: a step may have several (training, evaluation).
 
-    An unfinished last line (the writer is at work, or was killed) is left out; a missing file is an empty run.
+    Of a number that was written again after a resume, the newest counts. An unfinished last line (the writer is at
+    work, or was killed) is left out; a missing file is an empty run.
     """
     path, rows = os.path.join(workdir, "metrics.jsonl"), {}
     if not os.path.exists(path):
@@ -70,7 +71,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         for line in lines:
             if line.endswith("\n"):
                 row = json.loads(line)
-                rows[row["step"]] = row
+                rows[row["step"]] = rows.get(row["step"], {}) | row
     return [rows[step] for step in sorted(rows)]
 
 

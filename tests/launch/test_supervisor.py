@@ -37,8 +37,14 @@ def run(tmp_path, *roles, leaders=("trainer",), tick=lambda supervisor: None, gr
     return outcome, told, supervisor
 
 
-def alive(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+def ends(pid):
+    try:
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:
+            process.wait(timeout=30)
+    except psutil.NoSuchProcess:
+        pass
+    return True
 
 
 def test_the_run_ends_with_the_trainer_and_everyone_goes(tmp_path):
@@ -104,6 +110,17 @@ def test_a_signal_ends_the_trainer_first_and_a_role_that_ignores_it_is_killed(tm
     assert any(line.startswith("rollout-0 did not end") for line in told)
 
 
+@pytest.mark.parametrize(("code", "status"), [(75, "stopped"), (2, "failed"), (0, "finished")])
+def test_exit_codes_that_restarts_cannot_change(tmp_path, code, status):
+    outcome, told, supervisor = run(tmp_path, role("trainer", f"raise SystemExit({code})", restarts=5))
+    assert outcome.status == status and supervisor.restarts == 0 and not told
+
+
+def test_a_role_without_a_checkpoint_is_not_started_again(tmp_path):
+    outcome, _, _ = run(tmp_path, role("trainer", CRASH, restarts=5, may_restart=lambda: False))
+    assert outcome == Outcome("failed", "trainer ended with exit code 1", "trainer")
+
+
 def test_grandchildren_go_with_their_role(tmp_path):
     pids = tmp_path / "pid"
     program = (
@@ -111,7 +128,7 @@ def test_grandchildren_go_with_their_role(tmp_path):
         "open(sys.argv[1], 'w').write(str(p.pid))"
     )
     outcome, _, _ = run(tmp_path, role("trainer", program, pids))
-    assert outcome.status == "finished" and not alive(int(pids.read_text()))
+    assert outcome.status == "finished" and ends(int(pids.read_text()))
 
 
 def test_nothing_is_left_when_the_supervisor_itself_is_killed(tmp_path):
