@@ -131,6 +131,7 @@ class Worker:
         return Hello(
             role="rollout", name=self.settings.name, host=socket.gethostname(), pid=os.getpid(),
             slots=self.engine.slots, version=self.engine.version,
+            running=[(task.group, task.sample, task.attempt) for task, _ in self._samples.values()],
         )  # fmt: skip
 
     async def _send(self, message: Message) -> None:
@@ -150,8 +151,6 @@ class Worker:
         match message:
             case Welcome():
                 self._heartbeat_seconds = message.heartbeat_seconds
-                if self._welcomed.is_set():  # a new controller, or one that had given us up
-                    self._cancel(list(self._samples))
                 self._welcomed.set()
             case Assign():
                 for task in message.tasks:

@@ -8,7 +8,6 @@ import pytest
 from worlds import ScriptedEngine, World, manifest, play
 
 from areal_jax.transport.messages import (
-    Assign,
     Cancel,
     Goodbye,
     Hello,
@@ -16,7 +15,6 @@ from areal_jax.transport.messages import (
     SampleDone,
     SampleFailed,
     Shutdown,
-    Task,
     UpdateWeights,
     VerifyFailed,
     WeightsLoaded,
@@ -201,11 +199,11 @@ def test_going_back_to_an_older_version_gives_up_what_newer_weights_sampled(tmp_
 # --- What restarts -------------------------------------------------------------------------------------------------
 
 
-def test_a_restarted_controller_is_greeted_again_and_old_samples_are_given_up(tmp_path):
+def test_a_restarted_controller_is_greeted_again_and_told_what_runs(tmp_path):
     async def story(world):
-        world.engine.gates["x"] = asyncio.Event()
+        world.engine.gates |= {"x": asyncio.Event(), "y": asyncio.Event()}
         await world.welcome()
-        await world.assign("x")
+        await world.assign("x", "y")
         await world.heartbeat("generating")
         world.controller.close()
         world.controller = Server("tcp://127.0.0.1:*", "controller", tmp_path)
@@ -214,13 +212,14 @@ def test_a_restarted_controller_is_greeted_again_and_old_samples_are_given_up(tm
             if isinstance(message, Hello):
                 break
             await world.say(Refused(reason=HELLO_FIRST))
-        assert message.version == 0
+        assert message.version == 0 and message.running == [(0, 0, 2), (0, 1, 2)]
         await world.say(Welcome(run="test", heartbeat_seconds=0.02))
-        await world.say(Assign(tasks=[Task(group=9, sample=0, record={"prompt": "y"})]))
+        await world.say(Cancel(tasks=[(0, 0)]))
+        world.engine.gates["y"].set()
         await world.score(1.0)
         while not isinstance(message, SampleDone):
             message = await world.receive((SampleDone, Hello))
-        assert message.group == 9 and world.engine.cancelled == ["x"]
+        assert (message.group, message.sample) == (0, 1) and world.engine.cancelled == ["x"]
 
     play(World(tmp_path), story)
 
