@@ -55,8 +55,9 @@ def test_asymre_lowers_the_baseline():
 
 
 def test_informative_group_mask():
-    expected = [True, True, False, True, False, False, False, False]
-    np.testing.assert_array_equal(advantages.informative_group_mask(REWARDS, GROUPS, num_groups=5), expected)
+    expected = np.array([True, True, False, True, False, False, False, False])
+    function = jax.jit(jax.vmap(lambda rewards: advantages.informative_group_mask(rewards, GROUPS, num_groups=5)))
+    np.testing.assert_array_equal(function(np.stack([REWARDS, 0 * REWARDS])), [expected, expected & False])
 
 
 GAP_MASK = np.array([1, 1, 0, 0, 1, 0])
@@ -175,6 +176,13 @@ def test_group_gradient_by_hand():
     # d/dr_0 of (r_0 - mean) with three in the group
     gradient = jax.grad(lambda r: advantages.group_relative(r, GROUPS, num_groups=5, scale="none")[0])(REWARDS)
     close(gradient, [2 / 3, -1 / 3, 0, -1 / 3, 0, 0, 0, 0])
+
+
+def test_gradient_is_finite_where_the_variance_underflows():
+    rewards = jnp.array([0.0, 1e-30, 1.0, 1.0])  # differ, but their variance is 0 in float32; and equal ones
+    ids = np.array([0, 0, 1, 1])
+    gradient = jax.grad(lambda r: advantages.group_relative(r, ids, num_groups=2)[1])(rewards)
+    close(gradient, [-0.5e6, 0.5e6, 0, 0], 1e-3)
 
 
 ERRORS = {

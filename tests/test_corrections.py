@@ -180,6 +180,19 @@ def test_diagnostics_add_up_over_micro_batches():
             close(added[name], whole[name], 1e-4)
 
 
+def test_diagnostics_of_packed_rows_are_those_of_padded_ones_also_under_jit():
+    rng = np.random.default_rng(5)
+    padded = rng.normal(-2, 1, (3, 2, 4))  # current, other, advantages; two sequences, of 4 and 2 tokens
+    mask = np.array([[1, 0, 1, 1], [1, 1, 0, 0]])
+    packed = np.concatenate([padded[:, 0], padded[:, 1, :2], np.full((3, 1), np.nan)], axis=-1)[:, None]
+    packed_mask, ids = np.array([[1, 0, 1, 1, 1, 1, 1]]), np.array([[1, 1, 1, 1, 2, 2, 0]])
+    for function, places in ((corrections.ratio_diagnostics, [0, 1]), (corrections.nll_balance, [0, 2])):
+        expected = function(*padded[places], mask)
+        compiled = jax.jit(lambda *arrays, f=function: f(*arrays, segment_ids=ids, num_segments=2))
+        for name, pair in compiled(*packed[places], packed_mask).items():
+            close(pair, expected[name], 1e-5)
+
+
 def test_mismatch_statistics_agree_with_numpy():
     rng = np.random.default_rng(4)
     sampler = LOG(rng.uniform(0.05, 0.95, (3, 50)))
