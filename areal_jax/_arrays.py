@@ -116,8 +116,9 @@ def log_ratio(logprobs: jax.Array, other: jax.Array, bound: float = MAX_LOG_RATI
 
 
 def _membership(segment_ids: ArrayLike, num_segments: int) -> jax.Array:
-    """[..., S, T] bool. Never stored by XLA: it fuses into the select and the sum that use it. No dot product, because
-    accelerators run float32 dots at reduced precision by default."""
+    """[..., S, T] bool, to be selected and summed over. Not a dot product, because accelerators run float32 dots at
+    reduced precision by default; not a scatter, whose float sums are not repeatable on GPUs. XLA can fuse it away; its
+    CPU backend stores it, 4 · S bytes per token and use, which is little at sizes that a CPU trains."""
     ids = jnp.arange(1, num_segments + 1, dtype=jnp.int32).reshape(num_segments, 1)
     segment_ids = jnp.asarray(segment_ids).astype(jnp.int32)[..., None, :]
     return segment_ids == ids.reshape((1,) * (segment_ids.ndim - 2) + ids.shape)
