@@ -1,6 +1,7 @@
 """What every loss and correction promises: one answer packed, padded, in micro-batches, on 1 and on 8 devices; jit,
 vmap and grad; finite whatever masked places and extreme log-probs hold; errors that name the argument."""
 
+import functools
 import subprocess
 import sys
 
@@ -74,14 +75,21 @@ def call(name, arrays, **extra):
     return function(*(arrays[argument] for argument in arguments), **keywords, **extra)
 
 
-def differentiate(name, arrays, scale=1.0, **extra):
-    """Values, and the gradient with respect to the current log-probs of a weighted sum of them."""
+@functools.partial(jax.jit, static_argnames=("name", "num_segments"))
+def compiled(name, arrays, segment_ids, num_segments):
+    packed = {} if segment_ids is None else {"segment_ids": segment_ids, "num_segments": num_segments}
 
     def total(logprobs):
-        values = call(name, arrays | {"logprobs": logprobs}, **extra)
-        return (values.astype(jnp.float32) * scale).sum(), values
+        values = call(name, arrays | {"logprobs": logprobs}, **packed)
+        return values.astype(jnp.float32).sum(), values
 
-    gradient, values = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(arrays["logprobs"]))
+    return jax.grad(total, has_aux=True)(arrays["logprobs"])
+
+
+def differentiate(name, arrays, segment_ids=None, num_segments=None):
+    """Values, and the gradient of their sum with respect to the current log-probs."""
+    used = {key: arrays[key] for key in ALL[name][0]}
+    gradient, values = compiled(name, used, segment_ids, num_segments)
     return np.asarray(values), np.asarray(gradient)
 
 
