@@ -137,7 +137,8 @@ class Learner:
     def warm_up(self) -> None:
         """Compiles everything a step needs, on a batch of padding, without changing the state."""
         empty = TrainBatch(self.version, [], np.zeros(0, np.int32), {})
-        self._run(empty, [self._pack([])] * self.config.minibatches, lambda: None, apply=False).report()
+        self._run(empty, [self._pack([])] * self.config.minibatches, lambda: None, apply=False)
+        measure.finish(jax.tree.map(np.ones_like, self.objective.zero_sums()))
         jax.block_until_ready(self.state)
 
     def step(self, batch: TrainBatch, *, before_update: Callable[[], None] = lambda: None) -> Pending:

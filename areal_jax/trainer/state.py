@@ -109,6 +109,14 @@ def create(params: Tree, optimizer: Optimizer, mesh: Mesh, version: int = 0) -> 
     return TrainState(params, init(params), jax.device_put(jnp.int32(version), shardings.version))
 
 
+def abstract(params: Tree, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with shardings, from abstract parameters that have them: to restore into."""
+    trained = partition(params, optimizer.trained)[0]
+    shapes = TrainState(params, jax.eval_shape(optimizer.transform.init, trained), jax.ShapeDtypeStruct((), jnp.int32))
+    where = state_shardings(params, optimizer, mesh)
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where)
+
+
 def state_shardings(params: Tree, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """The sharding of every leaf of the state; moments lie where their parameters do. `params` may be abstract."""
     replicated = NamedSharding(mesh, PartitionSpec())

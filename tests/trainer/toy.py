@@ -8,7 +8,8 @@ import numpy as np
 from areal_jax import models
 from areal_jax.models import Model, ModelConfig
 from areal_jax.trainer import learner, packing, state
-from areal_jax.trainer.batch import AdvantageEstimator, TrainBatch, make_batch
+from areal_jax.trainer.advantages import AdvantageEstimator
+from areal_jax.trainer.batch import TrainBatch, make_batch
 from areal_jax.trainer.config import TrainerConfig
 from areal_jax.transport.messages import GroupResult, Trajectory
 

@@ -1,0 +1,70 @@
+"""One trainer process: `python -m areal_jax.trainer --workdir DIR [--process i]`.
+
+Exit codes: 0 the run is finished; 75 it was told to stop and has saved a checkpoint (start it again to go on); 1 an
+error, described at the end of the output; 2 a setting is wrong.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+
+STOPPED = 75  # EX_TEMPFAIL: to be tried again
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m areal_jax.trainer", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="the run's folder, with config.json")
+    parser.add_argument("--process", type=int, default=int(os.environ.get("SLURM_PROCID", 0)), help="JAX process index")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("absl", "jax", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+    stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: stop.append(received))
+
+    from areal_jax.config import ConfigError, load, section
+    from areal_jax.controller.config import ControllerConfig
+    from areal_jax.metrics.config import MetricsConfig
+    from areal_jax.rollout.config import RolloutConfig
+    from areal_jax.trainer import distributed
+    from areal_jax.trainer.config import TrainerConfig
+
+    try:
+        config = load(options.workdir)
+        trainer = section(TrainerConfig, config["trainer"])
+        distributed.start(options.workdir, options.process, trainer.processes, config["controller"]["address"])
+        # jax may only be used from here on.
+        from areal_jax.trainer.guards import TrainingStopped
+        from areal_jax.trainer.loop import Settings, Training
+        from areal_jax.trainer.objectives import ObjectiveError
+
+        settings = Settings(
+            name=config["name"],
+            seed=config["seed"],
+            model=config["model"],
+            evaluates=bool(config["data"]["eval"]),
+            trainer=trainer,
+            controller=section(ControllerConfig, config["controller"]),
+            rollout=section(RolloutConfig, config["rollout"]),
+            metrics=section(MetricsConfig, config["metrics"]),
+            config=config,
+        )
+        try:
+            finished = Training(settings, options.workdir, options.process, lambda: bool(stop)).run()
+        except ObjectiveError as error:
+            raise ConfigError(str(error)) from error
+        except TrainingStopped as error:
+            print(f"areal_jax.trainer: stopped by a guard: {error}", file=sys.stderr)
+            return 1
+    except ConfigError as error:
+        print(f"areal_jax.trainer: error: {error}", file=sys.stderr)
+        return 2
+    return 0 if finished else STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""One atomic checkpoint of everything a run needs to go on: training state, controller state, and what to remember.
+
+Orbax writes in the background to a temporary folder and renames it, so that a crash in the middle leaves the previous
+checkpoint whole. Arrays are restored straight to their shards, on whatever mesh the new state has.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from areal_jax.trainer.state import TrainState, path_name
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or belongs to another model; the message says which and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What was saved, read back."""
+
+    state: TrainState
+    controller: bytes  # of messages.State
+    memory: dict[str, Any]  # JSON: config, results so far
+
+
+class Checkpoints:
+    """The checkpoints of one run, below `folder`, numbered by version; the newest `keep` stay.
+
+    All processes must make the same calls.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "controller": ocp.StandardCheckpointHandler()}
+        handlers["memory"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def latest(self) -> int | None:
+        """The newest version that was saved as a whole."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, controller: bytes, memory: dict[str, Any], *, wait: bool = False) -> bool:
+        """Saves as of the state's version; returns when the arrays are copied, or with `wait` when all is on disk.
+
+        Returns False if that version is there already. An error of an earlier save in the background is raised here.
+        """
+        version = int(state.version)
+        if version in self._manager.all_steps():
+            return False
+        arrays = _flatten(state)
+        if jax.default_backend() == "cpu":
+            # There, Orbax's copy may be the buffer itself, which the next step overwrites.
+            arrays = {name: jax.device_put(x, x.sharding, may_alias=False) for name, x in arrays.items()}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays),
+            controller=ocp.args.StandardSave({"data": np.frombuffer(controller or b"\0", np.uint8)}),
+            memory=ocp.args.JsonSave(memory | {"controller_bytes": len(controller)}),
+        )
+        self._manager.save(version, args=items)
+        if wait:
+            self._manager.wait_until_finished()
+        return True
+
+    def restore(self, like: TrainState, version: int | None = None) -> Restored:
+        """Reads a version (default: the newest) into arrays with the shapes, dtypes and shardings of `like`.
+
+        `like` may be abstract (`jax.ShapeDtypeStruct` with shardings).
+
+        Raises:
+          CheckpointError: there is none, it cannot be read, or its arrays are not those of `like`.
+        """
+        version = self.latest() if version is None else version
+        if version is None:
+            raise CheckpointError(f"there is no checkpoint in {self.folder}")
+        wanted = _flatten(like)
+        abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in wanted.items()}
+        self._check_same(version, abstract)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            controller=ocp.args.StandardRestore(),
+            memory=ocp.args.JsonRestore(),
+        )
+        try:
+            read = self._manager.restore(version, args=items)
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(f"checkpoint {version} in {self.folder} cannot be read: {error}") from error
+        memory = dict(read["memory"])
+        controller = np.asarray(read["controller"]["data"]).tobytes()[: memory.pop("controller_bytes")]
+        leaves = [read["state"][name] for name in wanted]
+        return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves), controller, memory)
+
+    def _check_same(self, version: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> None:
+        saved = self._manager.item_metadata(version)["state"]
+        if saved is None:
+            raise CheckpointError(f"there is no checkpoint of version {version} in {self.folder}")
+        saved = saved.tree if hasattr(saved, "tree") else dict(saved)
+        for name in sorted(set(saved) ^ set(abstract)):
+            where = "in the checkpoint only" if name in saved else "missing in the checkpoint"
+            raise CheckpointError(f"checkpoint {version} in {self.folder} is of another model: {name} is {where}")
+        for name, x in abstract.items():
+            if tuple(saved[name].shape) != x.shape or saved[name].dtype != x.dtype:
+                found = f"{saved[name].dtype}{list(saved[name].shape)}"
+                raise CheckpointError(
+                    f"checkpoint {version} in {self.folder} is of another model: {name} is {found}, "
+                    f"expected {x.dtype}{list(x.shape)}"
+                )
+
+    def wait(self) -> None:
+        """Until everything is on disk; raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish and free; raises what went wrong."""
+        self._manager.close()
+
+
+def _flatten(state: TrainState) -> dict[str, Any]:
+    """{"params/embedding": array, "opt_state/0/mu/embedding": ..., "version": ...}."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def read_memory(folder: str | os.PathLike) -> dict[str, Any]:
+    """What the newest checkpoint remembers, without reading an array: `config`, results; for tools."""
+    with ocp.CheckpointManager(Path(folder).absolute()) as manager:
+        if manager.latest_step() is None:
+            raise CheckpointError(f"there is no checkpoint in {folder}")
+        read = manager.restore(manager.latest_step(), args=ocp.args.Composite(memory=ocp.args.JsonRestore()))
+    return json.loads(json.dumps(dict(read["memory"])))

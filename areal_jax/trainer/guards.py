@@ -1,0 +1,88 @@
+"""Watches the training itself: names what is wrong with a step, keeps its batch for a post-mortem, stops if told to."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from areal_jax.trainer.packing import Packed
+
+
+class TrainingStopped(RuntimeError):
+    """A guard ended the run; the message says why and where the batch is."""
+
+
+@dataclasses.dataclass
+class Guard:
+    """Judges the report of every step.
+
+    Args:
+      workdir: post-mortems go to `workdir/postmortem/`.
+      action: "skip" (the update was not applied and is counted) or "stop".
+      equal_rewards_limit: stop or warn after so many steps in a row in which no group's rewards differ; 0: never.
+      keep: post-mortems written at most.
+    """
+
+    workdir: str | os.PathLike
+    action: str = "skip"
+    equal_rewards_limit: int = 0
+    keep: int = 5
+    skipped: int = 0
+    written: int = 0
+    equal_steps: int = 0
+
+    def judge(self, version: int, report: dict[str, Any], packed: list[Packed]) -> str:
+        """What is wrong with the step that made `version`, in words; empty if nothing is.
+
+        Raises:
+          TrainingStopped: something is, and the action is "stop".
+        """
+        problem = self._problem(report)
+        if not problem:
+            return ""
+        if self.written < self.keep:
+            path = save_postmortem(self.workdir, version, report, packed)
+            problem += f"; its batch is in {path}"
+            self.written += 1
+        if self.action == "stop":
+            raise TrainingStopped(f"step to version {version}: {problem}")
+        return problem
+
+    def _problem(self, report: dict[str, Any]) -> str:
+        self.equal_steps = self.equal_steps + 1 if report.get("reward/equal_groups") == 1.0 else 0
+        if report.get("actor/skipped_updates", 0) > 0:
+            self.skipped += 1
+            loss, norm = report.get("actor/loss", math.nan), report.get("actor/grad_norm", math.nan)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                why = "its loss or gradient is not finite"
+            else:
+                why = "it is beyond trainer.grad_norm_limit, ratio_limit or mismatch_limit"
+            ratio, mismatch = report.get("is/max", 0.0), report.get("mismatch/logprob_abs_diff_mean", 0.0)
+            return (
+                f"the update was not applied: {why} (loss {loss:.3g}, gradient norm {norm:.3g}, "
+                f"largest importance weight {ratio:.3g}, mismatch {mismatch:.2g})"
+            )
+        if self.equal_rewards_limit and self.equal_steps >= self.equal_rewards_limit:
+            steps, self.equal_steps = self.equal_steps, 0
+            mean = report["reward/mean"]
+            return (
+                f"for {steps} steps all rewards of every group were equal (mean {mean:.3g}): there is nothing to learn "
+                "from; look at the verifier, the answer length, and how hard the problems are"
+            )
+        return ""
+
+
+def save_postmortem(workdir: str | os.PathLike, version: int, report: dict[str, Any], packed: list[Packed]) -> Path:
+    """Writes the packed batch (`.npz`, arrays `[micro-batch, row, position]`) and the report beside it; owner-only."""
+    folder = Path(workdir) / "postmortem"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"version-{version}.npz"
+    arrays = {f"{i}/{name}": array for i, part in enumerate(packed) for name, array in part.arrays.items()}
+    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+        np.savez_compressed(file, **arrays)
+    path.with_suffix(".json").write_text(json.dumps({k: str(v) for k, v in report.items()}, indent=1))
+    return path

@@ -1,0 +1,163 @@
+"""The trainer's line to the controller: requests with bounded waits, heartbeats, and weights published meanwhile."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from areal_jax.metrics.clock import Clock
+from areal_jax.transport import messages as m
+from areal_jax.transport.sockets import HeartbeatThread, SyncClient
+from areal_jax.weights import Publisher
+
+REPLY_SECONDS = 30.0  # for one request; the controller answers within about a second, with NotReady if need be
+
+
+class WaitedTooLong(RuntimeError):
+    """Nothing came within the limit; the message says what was awaited, for how long, and what the controller said."""
+
+
+class Stopped(Exception):
+    """The process was told to end while it waited."""
+
+
+class Link:
+    """One trainer process's connections; a context manager.
+
+    Args:
+      workdir: the run's folder, where the controller's endpoint is found.
+      process: this JAX process; 0 publishes and decides.
+      clock: where this process's time goes; sent with every heartbeat.
+      heartbeat_seconds: how often.
+      told_to_stop: asked while waiting; waiting ends with `Stopped` once it says so.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        process: int,
+        clock: Clock,
+        *,
+        heartbeat_seconds: float = 1.0,
+        told_to_stop: Callable[[], bool] = lambda: False,
+    ):
+        self.name, self.process, self.clock = f"trainer-{process}", process, clock
+        self.counters: dict[str, float] = {}
+        self.gauges: dict[str, float] = {}
+        self._told_to_stop = told_to_stop
+        self._workdir = Path(workdir)
+        self._client = SyncClient(self.name, workdir, hello=self._hello)
+        self._heart = HeartbeatThread(self.name, workdir, self._hello, self._beat, heartbeat_seconds)
+
+    def _hello(self) -> m.Hello:
+        return m.Hello(role="trainer", name=self.name, host=socket.gethostname(), pid=os.getpid())
+
+    def _beat(self) -> m.Heartbeat:
+        return m.Heartbeat(
+            name=self.name,
+            phase=self.clock.current,
+            clock=self.clock.totals(),
+            counters=dict(self.counters),
+            gauges=dict(self.gauges),
+        )
+
+    def request(self, message: m.Message, timeout: float = REPLY_SECONDS) -> m.AnyMessage:
+        """One request, one reply; errors as of `SyncClient.request`."""
+        self._heart.check()
+        return self._client.request(message, timeout)
+
+    def wait(self, message: m.Message, limit: float, what: str) -> m.AnyMessage:
+        """Repeats a request until the answer is not NotReady, in phase "waiting:<what>".
+
+        Raises:
+          WaitedTooLong: after `limit` seconds, with the controller's last word.
+          Stopped: when the process was told to end.
+        """
+        started, said = time.monotonic(), "nothing yet"
+        with self.clock.phase(f"waiting:{what}"):
+            while True:
+                if self._told_to_stop():
+                    raise Stopped(f"while waiting for {what}")
+                reply = self.request(message)
+                if not isinstance(reply, m.NotReady):
+                    return reply
+                said = reply.waiting_for
+                if time.monotonic() - started > limit:
+                    raise WaitedTooLong(f"waited {limit:.0f} s for {what}; the controller is waiting for {said}")
+
+    def batch(self, version: int, limit: float) -> m.Batch:
+        """The batch of training step `version`; without groups when there is no data left."""
+        return self.wait(m.GetBatch(version=version, process=self.process), limit, "batch")
+
+    def close(self) -> None:
+        """Say goodbye and end."""
+        self._heart.close()
+        self._client.close()
+
+    def __enter__(self) -> "Link":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class BackgroundPublisher:
+    """Publishes versions in a thread of its own, so that the next batch can be fetched and computed meanwhile.
+
+    `join` must be called before the arrays behind the tensors change; it raises what went wrong.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, transport: str, address: str = "tcp://127.0.0.1:*"):
+        self.publisher = Publisher(workdir, transport=transport, address=address)
+        self.manifest: m.Manifest | None = None
+        self.timings: dict[str, float] = {}
+        self._workdir = workdir
+        self._client: SyncClient | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Begin to publish; returns at once."""
+        self.join()
+        arguments = (version, named_tensors, time.time())
+        self._thread = threading.Thread(target=self._run, args=arguments, name="publish", daemon=True)
+        self._thread.start()
+
+    def publish(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Publish and wait until the controller knows."""
+        self.join()
+        self._run(version, named_tensors, time.time())
+        self.join()
+
+    def _run(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], at: float) -> None:
+        started = time.perf_counter()
+        try:
+            self.manifest = self.publisher.publish(version, named_tensors, published_at=at)
+            if self._client is None:
+                self._client = SyncClient("trainer-publisher", self._workdir)
+            self._client.request(m.Publish(manifest=self.manifest), 2 * REPLY_SECONDS)
+            self.timings = {f"weights/{name}": value for name, value in self.publisher.timings.items()}
+            self.timings["time/publish"] = time.perf_counter() - started
+        except BaseException as error:  # raised where the trainer waits for this thread
+            self._error = error
+
+    def join(self) -> None:
+        """Wait until the version is published."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """End, and free the memory of the versions."""
+        if self._thread is not None:
+            self._thread.join(REPLY_SECONDS)
+        if self._client is not None:
+            self._client.close()
+        self.publisher.close()

@@ -1,0 +1,348 @@
+"""The story of one training run, from the first weights to the exported checkpoint; read `Training.run` top to bottom.
+
+Every process of the trainer runs the same story on the same batches. Process 0 alone publishes, writes and decides.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from areal_jax import models
+from areal_jax.controller.config import ControllerConfig
+from areal_jax.metrics.clock import Clock, idle_fraction
+from areal_jax.metrics.config import MetricsConfig
+from areal_jax.metrics.writers import MetricsWriter
+from areal_jax.models import Lora, Model, ModelConfig
+from areal_jax.rollout.config import RolloutConfig
+from areal_jax.trainer import distributed, learner, measure, state
+from areal_jax.trainer.advantages import AdvantageEstimator
+from areal_jax.trainer.batch import make_batch
+from areal_jax.trainer.checkpoint import Checkpoints
+from areal_jax.trainer.config import TrainerConfig
+from areal_jax.trainer.guards import Guard
+from areal_jax.trainer.learner import Learner, Pending
+from areal_jax.trainer.link import BackgroundPublisher, Link, Stopped
+from areal_jax.trainer.steps import CompileCounter
+from areal_jax.transport import messages as m
+from areal_jax.transport.errors import RequestRefused
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All of a run's settings that the trainer needs; made from the config by `__main__`."""
+
+    name: str
+    seed: int
+    model: str  # folder of the Hugging Face checkpoint that the run begins with
+    evaluates: bool  # there is evaluation data
+    trainer: TrainerConfig
+    controller: ControllerConfig
+    rollout: RolloutConfig
+    metrics: MetricsConfig
+    config: dict[str, Any]  # the whole config, kept in checkpoints
+
+
+class Training:
+    """One process's part in a run.
+
+    Args:
+      settings: of the run.
+      workdir: its folder.
+      process: this JAX process, 0 .. settings.trainer.processes - 1.
+      told_to_stop: whether the process was told to end; asked between steps and while waiting.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        workdir: str | os.PathLike,
+        process: int = 0,
+        told_to_stop: Callable[[], bool] = lambda: False,
+    ):
+        self.settings, self.workdir, self.process = settings, Path(workdir), process
+        self.first = process == 0
+        self.clock = Clock("starting")
+        self._told_to_stop = told_to_stop
+        self.memory: dict[str, Any] = {"config": settings.config, "wall_seconds": 0.0, "trained_tokens": 0}
+        self.pending: tuple[Pending, dict[str, Any]] | None = None
+        self.evaluations: list[int] = []  # versions whose evaluation still runs
+        self.idle_from: dict[str, float] = {}  # the clock when training began
+
+    # -- the story -------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Trains until the last step, or until told to stop; whether the run is finished."""
+        c = self.settings.trainer
+        alone = c.processes == 1  # with several processes, all must see the wish to stop at the same point
+        with Link(
+            self.workdir,
+            self.process,
+            self.clock,
+            heartbeat_seconds=self.settings.controller.heartbeat_seconds,
+            told_to_stop=self._told_to_stop if alone else lambda: False,
+        ) as self.link:
+            self.start()
+            try:
+                self.begin()
+                while self.learner.version < c.steps and not distributed.any_process(self._told_to_stop()):
+                    message = self.link.batch(self.learner.version, c.batch_timeout)
+                    if not message.groups:
+                        log.info("the data is used up after %d steps", self.learner.version)
+                        break
+                    self.step(message)
+                    if c.checkpoint_every and self.learner.version % c.checkpoint_every == 0:
+                        self.save()
+                    if c.eval_every and self.learner.version % c.eval_every == 0:
+                        self.evaluations.append(self.learner.version)
+                    self.poll_evaluations()
+                else:
+                    if self.learner.version < c.steps:
+                        raise Stopped("between two steps")
+                self.end()
+                return True
+            except Stopped as stop:
+                log.warning("told to stop %s; saving version %d", stop, self.learner.version)
+                self.flush_report()
+                self.save(wait=True)
+                return False
+            finally:
+                self.close()
+
+    def start(self) -> None:
+        """Loads the model, or everything from the newest checkpoint; compiles nothing yet."""
+        s, c = self.settings, self.settings.trainer
+        self.compiles = CompileCounter()
+        self.mesh = learner.mesh_of(c)
+        options = {"compute_dtype": c.compute_dtype, "attention": c.attention, "remat": c.remat}
+        options["lora"] = Lora(c.lora_rank) if c.lora_rank else None
+        self.checkpoints = Checkpoints(self.workdir / "checkpoints", c.keep_checkpoints)
+        self.restored = None
+        if self.checkpoints.latest() is None:
+            model, params = models.load_hf(s.model, mesh=self.mesh, param_dtype=c.param_dtype, **options)
+        else:
+            model, params = Model(ModelConfig.from_hf(s.model), mesh=self.mesh, **options), None
+            abstract = model.abstract_params(c.param_dtype)
+            self.restored = self.checkpoints.restore(state.abstract(abstract, state.make_optimizer(c), self.mesh))
+            self.memory |= {k: v for k, v in self.restored.memory.items() if k != "config"}
+            log.info("going on from the checkpoint of version %d", int(self.restored.state.version))
+        reference = None
+        if c.kl_coef:
+            base = {**options, "lora": None}
+            reference = models.load_hf(s.model, mesh=self.mesh, param_dtype=c.param_dtype, **base)[1]
+        self.learner = Learner(
+            model,
+            params,
+            c,
+            mesh=self.mesh,
+            objective=learner.make_objective(c, horizon=float(s.rollout.max_new_tokens)),
+            reference=reference,
+            temperature=s.rollout.temperature or 1.0,
+            train_state=self.restored.state if self.restored else None,
+        )
+        batch = s.controller.batch_size
+        samples = batch * s.controller.group_size
+        self.estimator = AdvantageEstimator(c.advantage, c.advantage_args, batch, samples, c.row_length)
+        self.guard = Guard(self.workdir, c.guard, c.equal_rewards_limit)
+        self.publisher = self.writer = None
+        if self.first:
+            self.publisher = BackgroundPublisher(
+                self.workdir, transport=c.weights_transport, address=s.controller.address
+            )
+            self.writer = MetricsWriter(
+                self.workdir, s.metrics.tensorboard, s.metrics.wandb, name=s.name, config=s.config
+            )
+
+    def begin(self) -> None:
+        """Publishes the first weights, has them evaluated, and meanwhile compiles the training step."""
+        version = self.learner.version
+        if self.first and self.restored is not None:
+            self.link.request(m.SetState(version=version, data=self.restored.controller))
+        self.restored = None
+        self.publish(wait=True)
+        evaluate = self.first and self.settings.evaluates and "accuracy_before" not in self.memory
+        if evaluate:
+            self.link.request(m.Evaluate(version=version))
+        with self.clock.phase("compiling"):
+            self.estimator([], [])
+            self.learner.warm_up()
+        if evaluate:
+            self.memory["accuracy_before"] = self.evaluate(version)
+        self.compiles.restart()
+
+    def step(self, message: m.Batch) -> None:
+        """One training step: advantages, pack, proximal log-probs, update, and the new version on its way."""
+        started = time.perf_counter()
+        if not self.idle_from:
+            self.idle_from = self.clock.totals()
+        self.clock.enter("training")
+        bound = self.settings.controller.max_staleness
+        batch = make_batch(message.groups, message.version, self.estimator, max_staleness=bound)
+        pending = self.learner.step(batch, before_update=self.wait_for_publisher)
+        self.flush_report()  # of the step before, while this one is computed
+        jax.block_until_ready(self.learner.state.version)
+        self.publish()
+        seconds = time.perf_counter() - started
+        self.memory["trained_tokens"] += batch.report.get("batch/trained_tokens", 0)
+        times = {"time/train": seconds, "perf/train_tokens_per_s": batch.report.get("batch/tokens", 0) / seconds}
+        self.pending = (pending, dict(message.report) | times)
+        self.link.counters = {"steps": self.learner.version, "trained_tokens": self.memory["trained_tokens"]}
+        self.link.gauges = {"version": self.learner.version}
+        self.clock.enter("idle")
+
+    def end(self) -> None:
+        """Last report, evaluation, checkpoint, export, and the summary."""
+        self.flush_report()
+        compiled = self.compiles.count
+        idle = _since(self.clock.totals(), self.idle_from)
+        self.wait_for_publisher()
+        while self.evaluations:
+            self.poll_evaluations(wait=True)
+        version = self.learner.version
+        if self.first and self.settings.evaluates:
+            self.memory["accuracy_after"] = self.evaluate(version)
+        self.save(wait=True)
+        with self.clock.phase("exporting"):
+            models.export_hf(
+                self.learner.model,
+                self.learner.state.params,
+                self.workdir / "export",
+                source=self.settings.model,
+                dtype=self.settings.trainer.publish_dtype,
+                overwrite=True,
+            )
+        if not self.first:
+            return
+        final = self.link.request(m.Finish())
+        summary = dict(final.data) if isinstance(final, m.Status) else {}
+        summary |= {
+            "name": self.settings.name,
+            "steps": version,
+            "accuracy_before": self.memory.get("accuracy_before"),
+            "accuracy_after": self.memory.get("accuracy_after"),
+            "wall_seconds": self.memory["wall_seconds"] + self.clock.age(),
+            "trained_tokens": self.memory["trained_tokens"],
+            "max_staleness": max(self.memory.get("max_staleness", 0), summary.get("max_staleness", 0)),
+            "recompiles_after_warmup": compiled,
+            "trainer_idle_fraction": idle_fraction(idle),
+            "trainer_seconds": idle,
+            "skipped_updates": self.guard.skipped,
+        }
+        _write_json(self.workdir / "summary.json", summary)
+
+    # -- its parts -------------------------------------------------------------------------------------------------
+
+    def publish(self, *, wait: bool = False) -> None:
+        """Sends the current weights on their way; with several processes all gather, so that they must wait."""
+        named = models.to_hf(self.learner.model, self.learner.state.params, self.settings.trainer.publish_dtype)
+        version = self.learner.version
+        if jax.process_count() > 1 or wait:
+            with self.clock.phase("publishing"):
+                if self.publisher is not None:
+                    self.publisher.publish(version, named)
+                else:
+                    for _ in named:  # takes part in the gathering
+                        pass
+        elif self.publisher is not None:
+            self.publisher.start(version, named)
+
+    def wait_for_publisher(self) -> None:
+        """Until nobody reads the old parameters any more."""
+        if self.publisher is not None:
+            with self.clock.phase("waiting:publisher"):
+                self.publisher.join()
+
+    def flush_report(self) -> None:
+        """Writes the report of the last step that has none yet, and lets the guard judge it."""
+        if self.pending is None:
+            return
+        (pending, extra), self.pending = self.pending, None
+        report = pending.report() | extra
+        staleness = report.get("staleness/max", 0)
+        self.memory["max_staleness"] = max(self.memory.get("max_staleness", 0), int(staleness))
+        if warning := measure.diagnose(report, compute_dtype=self.settings.trainer.compute_dtype):
+            report["warning"] = warning
+            log.warning("version %d: %s", pending.version, warning)
+        if self.publisher is not None:
+            report |= self.publisher.timings
+        now = self.clock.totals()
+        report["idle/trainer"] = idle_fraction(_since(now, getattr(self, "_last_totals", self.idle_from)))
+        report["time/step"] = sum(_since(now, getattr(self, "_last_totals", self.idle_from)).values())
+        report["time/wall"] = self.memory["wall_seconds"] + self.clock.age()
+        report["perf/compilations"] = self.compiles.count
+        self._last_totals = now
+        if self.first:
+            if problem := self.guard.judge(pending.version, report, pending.packed):
+                report["problem"] = problem
+                log.warning("version %d: %s", pending.version, problem)
+            self.writer.write(pending.version, report)
+
+    def evaluate(self, version: int) -> float:
+        """Accuracy on the evaluation set under exactly this version; waits for it."""
+        return self._record(
+            self.link.wait(m.Evaluate(version=version), self.settings.trainer.batch_timeout, "evaluation")
+        )
+
+    def poll_evaluations(self, wait: bool = False) -> None:
+        """Looks after evaluations that run beside training."""
+        if not self.first or not self.evaluations or not self.settings.evaluates:
+            self.evaluations.clear()
+            return
+        version = self.evaluations[0]
+        try:
+            if version == self.learner.version:
+                self.wait_for_publisher()  # it can only be asked for once it is published
+            request = m.Evaluate(version=version)
+            reply = (
+                self.link.wait(request, self.settings.trainer.batch_timeout, "evaluation")
+                if wait
+                else (self.link.request(request))
+            )
+        except RequestRefused as refused:
+            log.warning("version %d is not evaluated: %s", version, refused)
+            self.evaluations.pop(0)
+            return
+        if isinstance(reply, m.EvaluationResult):
+            self.evaluations.pop(0)
+            self._record(reply)
+
+    def _record(self, result: m.EvaluationResult) -> float:
+        found = {"eval/accuracy": result.accuracy, "eval/samples": result.samples, "eval/failed": result.failed}
+        self.writer.write(result.version, found | {f"eval/{name}": x for name, x in result.metrics.items()})
+        log.info("version %d: accuracy %.3f over %d samples", result.version, result.accuracy, result.samples)
+        return result.accuracy
+
+    def save(self, *, wait: bool = False) -> None:
+        """A checkpoint of this moment: training state, and the controller's as of the same step."""
+        with self.clock.phase("checkpointing"):
+            if self.publisher is not None:
+                self.publisher.join()
+            controller = self.link.request(m.GetState(version=self.learner.version))
+            memory = self.memory | {"wall_seconds": self.memory["wall_seconds"] + self.clock.age()}
+            self.checkpoints.save(self.learner.state, controller.data, memory, wait=wait)
+
+    def close(self) -> None:
+        """Frees what this process holds; nothing of it is needed to go on."""
+        self.checkpoints.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.publisher is not None:
+            self.publisher.close()
+
+
+def _since(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    return {phase: seconds - before.get(phase, 0.0) for phase, seconds in now.items()}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    draft.replace(path)

@@ -1,0 +1,86 @@
+"""A checkpoint gives back every bit, on any mesh, and says what is wrong when it cannot."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from areal_jax import models
+from areal_jax.trainer import state
+from areal_jax.trainer.checkpoint import CheckpointError, Checkpoints, read_memory
+from tests.trainer import toy
+
+
+def make_state(mesh, optimizer, version=3, seed=0, **options):
+    model = toy.make_model(mesh=mesh, **options)
+    made = state.create(model.init(jax.random.key(seed)), optimizer, mesh, version)
+    # Moments that are not zero, in every leaf.
+    numbered = [
+        jax.device_put(x + np.asarray(i + 1, x.dtype), x.sharding)
+        for i, x in enumerate(jax.tree.leaves(made.opt_state))
+    ]
+    return dataclasses.replace(made, opt_state=jax.tree.unflatten(jax.tree.structure(made.opt_state), numbered))
+
+
+@pytest.fixture(scope="module")
+def optimizer():
+    return state.make_optimizer(toy.settings())
+
+
+def test_a_checkpoint_restores_every_bit_on_another_mesh(tmp_path, optimizer):
+    one = models.make_mesh(jax.devices()[:1])
+    saved = make_state(one, optimizer)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.save(saved, b"\x00controller\xff", {"accuracy_before": 0.25, "config": {"a": [1]}})
+    checkpoints.close()
+
+    mesh = models.make_mesh(jax.devices()[:8], data=2, fsdp=2, tensor=2)
+    model = toy.make_model(mesh=mesh)
+    like = state.abstract(model.abstract_params(), optimizer, mesh)
+    again = Checkpoints(tmp_path / "checkpoints")
+    restored = again.restore(like)
+    assert again.latest() == int(restored.state.version) == 3
+    assert restored.controller == b"\x00controller\xff"
+    assert restored.memory == {"accuracy_before": 0.25, "config": {"a": [1]}}
+    for (path, want), got, place in zip(
+        jax.tree_util.tree_leaves_with_path(saved), jax.tree.leaves(restored.state), jax.tree.leaves(like), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(want), np.asarray(got), err_msg=str(path))
+        assert got.sharding.is_equivalent_to(place.sharding, got.ndim)
+    again.close()
+    assert read_memory(tmp_path / "checkpoints")["accuracy_before"] == 0.25
+
+
+def test_the_saved_values_are_those_of_the_moment_of_saving(tmp_path, optimizer):
+    """Saving goes on in the background while the next step overwrites (donates) the very same buffers."""
+    mesh = models.make_mesh(jax.devices()[:1])
+    saved = make_state(mesh, optimizer)
+    expected = [np.array(x) for x in jax.tree.leaves(saved)]
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(saved, b"", {})
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
+    jax.block_until_ready(overwrite(saved))
+    checkpoints.wait()
+    restored = checkpoints.restore(like)
+    assert restored.controller == b""
+    for want, got in zip(expected, jax.tree.leaves(restored.state), strict=True):
+        np.testing.assert_array_equal(want, np.asarray(got))
+    checkpoints.close()
+
+
+def test_the_newest_are_kept_and_wrong_ones_are_named(tmp_path, optimizer):
+    mesh = models.make_mesh(jax.devices()[:1])
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        checkpoints.restore(make_state(mesh, optimizer))
+    saved = make_state(mesh, optimizer)
+    for version in (1, 2, 3):
+        at = dataclasses.replace(saved, version=jax.device_put(np.int32(version), saved.version.sharding))
+        assert checkpoints.save(at, b"", {}, wait=True)
+    assert not checkpoints.save(saved, b"", {})  # version 3 is there
+    assert sorted(checkpoints._manager.all_steps()) == [2, 3]
+    with pytest.raises(CheckpointError, match=r"of another model: .*expected float32\[40, 64\]"):
+        checkpoints.restore(make_state(mesh, optimizer, width=64))
+    checkpoints.close()

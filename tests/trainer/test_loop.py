@@ -1,0 +1,117 @@
+"""The loop against a scripted controller over real sockets: order of events, bounds, files, stop and resume."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from areal_jax.config import section
+from areal_jax.trainer import loop as loop_lib
+from areal_jax.trainer.batch import StalenessError
+from areal_jax.trainer.config import TrainerConfig
+from areal_jax.trainer.guards import TrainingStopped
+from areal_jax.trainer.link import WaitedTooLong
+from areal_jax.transport import messages as m
+from tests.trainer import fake, toy
+
+
+def settings_of(config):
+    return loop_lib.Settings(
+        name=config["name"], seed=1, model=config["model"], evaluates=True, config=config,
+        trainer=section(TrainerConfig, config["trainer"]),
+        controller=section(loop_lib.ControllerConfig, config["controller"]),
+        rollout=section(loop_lib.RolloutConfig, config["rollout"]),
+        metrics=section(loop_lib.MetricsConfig, config["metrics"]),
+    )  # fmt: skip
+
+
+def train(config, workdir, told_to_stop=lambda: False):
+    import jax
+
+    # One device, as a trainer on one CPU has; the tests' eight fake ones belong to the other tests.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_lib.learner.jax, "devices", lambda: jax.local_devices()[:1])
+        return loop_lib.Training(settings_of(config), workdir, told_to_stop=told_to_stop).run()
+
+
+@pytest.mark.slow
+def test_a_whole_run_then_stop_and_resume(tmp_path):
+    """One story, to compile once: a run to the end; the same run stopped after two steps and resumed ends equal."""
+    workdir, config = fake.prepare(tmp_path)
+    with fake.FakeController(workdir) as controller:
+        assert train(config, workdir)
+    assert controller.kinds()[:4] == ["Publish", "Evaluate", "GetBatch", "Publish"]
+    assert controller.kinds()[-4:] == ["Publish", "Evaluate", "GetState", "Finish"]
+    assert sorted(controller.versions) == [0, 1, 2, 3]
+    assert any((controller.versions[0][n] != controller.versions[3][n]).any() for n in controller.versions[0])
+    exported = load_file(workdir / "export" / "model.safetensors")
+    for name, value in controller.versions[3].items():
+        np.testing.assert_array_equal(exported[name], value)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval/accuracy"] for line in lines if "eval/accuracy" in line] == [0.0, pytest.approx(0.3)]
+    rows = [line for line in lines if "actor/loss" in line]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["actor/ppo_kl"] == 0 and row["queue/depth"] == 4 and row["staleness/max"] <= 2
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["accuracy_before"] == 0.0 and summary["accuracy_after"] == pytest.approx(0.3)
+    assert summary["recompiles_after_warmup"] == 0
+    assert summary["trained_samples"] == 48 and summary["max_staleness"] == 2
+    assert 0 <= summary["trainer_idle_fraction"] <= 1
+    last = controller.beats[-1]
+    assert last.counters["steps"] == 3 and sum(last.clock.values()) > 0
+
+    again, config = fake.prepare(tmp_path / "second")
+    asked = []
+    with fake.FakeController(again) as first:
+        first.on_batch = asked.append
+        assert not train(config, again, told_to_stop=lambda: 2 in asked)
+    assert not (again / "summary.json").exists()
+    with fake.FakeController(again) as second:
+        assert train(config, again)
+    assert second.state.version == 2 and second.state.data == b"state of 2"
+    assert sorted(second.versions) == [2, 3]
+    for name, value in controller.versions[3].items():
+        np.testing.assert_array_equal(second.versions[3][name], value)
+    resumed = json.loads((again / "summary.json").read_text())
+    assert resumed["accuracy_before"] == 0.0 and resumed["wall_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_what_must_not_be_trained_on_ends_the_run(tmp_path):
+    def too_old(version):
+        return toy.make_groups(np.random.default_rng(0), version=version, lags=(3,))
+
+    workdir, config = fake.prepare(tmp_path, steps=9)
+    with (
+        fake.FakeController(workdir, lambda v: fake.FakeController(workdir).batches(v) if v < 3 else too_old(v)),
+        pytest.raises(StalenessError, match=r"3 behind version 3.*max_staleness is 2"),
+    ):
+        train(config, workdir)
+
+    def not_a_number(version):
+        groups = toy.make_groups(np.random.default_rng(0), version=version)
+        groups[0].samples[0][0].logprobs[-1] = -np.inf
+        return groups
+
+    workdir, config = fake.prepare(tmp_path / "nan", guard="stop", ratio_limit=1e3)
+    with fake.FakeController(workdir, not_a_number), pytest.raises(TrainingStopped, match=r"version-1\.npz"):
+        train(config, workdir)
+    assert np.load(workdir / "postmortem" / "version-1.npz")["0/tokens"].shape[1:] == (4, 64)
+
+
+def test_waiting_for_a_batch_is_bounded_and_names_who_is_awaited(tmp_path):
+    from areal_jax.metrics.clock import Clock
+    from areal_jax.trainer.link import Link
+
+    (tmp_path / "run").mkdir()
+    controller = fake.FakeController(tmp_path / "run")
+    controller._answer = lambda message: (
+        m.NotReady(waiting_for="rollout-1") if isinstance(message, m.GetBatch) else None
+    )
+    clock = Clock()
+    with controller, Link(tmp_path / "run", 0, clock, heartbeat_seconds=0.05) as link:
+        with pytest.raises(WaitedTooLong, match=r"waited 0 s for batch; the controller is waiting for rollout-1"):
+            link.batch(0, 0.05)
+        assert clock.totals()["waiting:batch"] > 0
