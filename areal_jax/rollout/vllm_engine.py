@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _WATCH_SECONDS = 0.5  # how often the engine's process is looked at
+_GRACE_SECONDS = 1.0  # for vLLM to end by itself; its CPU build needs ten, and then is killed as well
 # What the promises about log-probs, versions and weights rest on; not for `engine_args`.
 _FIXED = ("model", "max_model_len", "max_num_seqs", "logprobs_mode", "weight_transfer_config", "worker_extension_cls")
 
@@ -153,7 +154,7 @@ class VllmEngine:
             self._watch.cancel()
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            await asyncio.to_thread(llm.shutdown, 10)
+            await asyncio.to_thread(llm.shutdown, _GRACE_SECONDS)
             llm.shutdown = lambda timeout=None: None  # it would run again, and fail, when the interpreter ends
 
     async def _generate(self, request: Request) -> Completion:
