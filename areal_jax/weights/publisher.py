@@ -19,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from areal_jax.transport.endpoints import load_keys
 from areal_jax.transport.messages import Manifest, TensorSpec
 from areal_jax.weights import store
 from areal_jax.weights.file import NewFile
+from areal_jax.weights.tcp import ByteServer
 
 _CHUNK = 4 << 20  # bytes copied and checksummed at a time, while they are in cache
 
@@ -34,7 +36,7 @@ class Publisher:
       transport: "shm": shared memory, or `workdir/weights` where there is no room for it. "tcp": the same, and a byte
         server for other hosts. "disk": `workdir/weights`, synced, for a disk that all hosts share.
       keep: how many of the newest versions stay available. Memory needed: `keep` + 1 times the size of a version.
-      address: tcp only: where to listen, `tcp://host:*`.
+      address: tcp only: where to listen, `tcp://host:*`. Beyond loopback, keys in `workdir/keys` are needed.
       shared_memory: the memory file system.
     """
 
@@ -61,6 +63,7 @@ class Publisher:
         self._lock = threading.Lock()
         self._workers = min(8, os.cpu_count() or 1)
         self._threads = concurrent.futures.ThreadPoolExecutor(self._workers, "publish")
+        self._server = ByteServer(address, load_keys(workdir)) if transport == "tcp" else None
 
     def publish(
         self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], *, published_at: float | None = None
@@ -80,6 +83,8 @@ class Publisher:
             if not nbytes:
                 raise ValueError(f"version {version} has no tensors")
             path = file.finish(store.file_name(version, tensors), nbytes, sync=self.transport == "disk")
+            if self._server:
+                self._server.serve(path)
             self._retire(version, path)
             took = time.perf_counter() - start
             self.timings = {"convert": converting, "copy": took - converting, "megabytes": nbytes / 1e6}
@@ -90,12 +95,15 @@ class Publisher:
                 path=str(path),
                 host=socket.gethostname(),
                 transport=self.transport,
+                url=self._server.url if self._server else "",
                 published_at=published_at,
             )
 
     def close(self) -> None:
         """Remove every version; processes that map one keep it until they let go."""
         self._threads.shutdown()
+        if self._server:
+            self._server.close()
         for folder in (self._folder, self._disk):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -140,6 +148,8 @@ class Publisher:
         for old in stale:
             if old == path:
                 continue
+            if self._server:
+                self._server.forget(old)
             if old.parent == self._disk:
                 old.unlink(missing_ok=True)
             else:

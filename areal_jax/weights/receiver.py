@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from areal_jax.transport.endpoints import is_loopback, load_keys
 from areal_jax.transport.messages import Manifest, TensorSpec
 from areal_jax.weights import store
 from areal_jax.weights.store import WeightsRefused
+from areal_jax.weights.tcp import pull
 
 _CHUNK = 4 << 20
 
@@ -28,28 +30,39 @@ _CHUNK = 4 << 20
 def open_version(
     manifest: Manifest,
     *,
+    workdir: str | os.PathLike | None = None,
     timeout: float = 120.0,
     verify: bool = True,
     host: str | None = None,
+    shared_memory: Path = store.SHARED_MEMORY,
 ) -> OpenVersion:
     """Map one version. Use it in a `with` block, or keep it for as long as its arrays are used.
 
     Args:
-      timeout: seconds to wait for bytes that are still on their way.
+      workdir: the run's folder; needed between hosts, where it names this host's copies and holds the keys.
+      timeout: seconds without progress to wait for bytes that are still on their way.
       verify: compare every tensor's checksum before returning.
       host: this host's name; elsewhere than on the manifest's host its shared memory is not looked for.
+      shared_memory: the memory file system of this host.
 
     Raises `WeightsRefused` when the version is gone, does not arrive in time, or is not what the manifest says.
     """
     store.check(manifest)
     start = time.perf_counter()
-    version = OpenVersion(manifest, _locate(manifest, timeout, host or socket.gethostname()))
+    here, path = host or socket.gethostname(), Path(manifest.path)
+    if manifest.transport == "disk":
+        _wait_for(path, manifest, timeout)
+    elif here != manifest.host or not path.exists():
+        path = _pull(manifest, here, workdir, timeout, shared_memory)
+    version = OpenVersion(manifest, path)
     version.timings["read"] = time.perf_counter() - start
     if verify:
         try:
             version.verify()
         except BaseException:
             version.close()
+            if path != Path(manifest.path):
+                path.unlink(missing_ok=True)  # the next attempt pulls it anew
             raise
     return version
 
@@ -124,17 +137,18 @@ def same_layout(a: Manifest, b: Manifest) -> None:
             raise WeightsRefused(f"version {b.version}: {name} is {have}, in version {a.version} it was {want}")
 
 
-def _locate(manifest: Manifest, timeout: float, host: str) -> Path:
-    path = Path(manifest.path)
-    if manifest.transport == "disk":
-        _wait_for(path, manifest, timeout)
-        return path
-    if host == manifest.host and path.exists():
-        return path
-    raise WeightsRefused(
-        f"version {manifest.version} is not on this host ({host}): {manifest.path} of {manifest.host} was not found. "
-        "It may have been replaced by a newer one; between hosts use the transport 'tcp' or 'disk'"
-    )
+def _pull(manifest: Manifest, host: str, workdir, timeout: float, shared_memory: Path) -> Path:
+    if not manifest.url:
+        raise WeightsRefused(
+            f"version {manifest.version} is not on this host ({host}): {manifest.path} of {manifest.host} was not "
+            "found. It may have been replaced by a newer one; between hosts use the transport 'tcp' or 'disk'"
+        )
+    if workdir is None:
+        raise ValueError("open_version needs the run's workdir to pull weights from another host")
+    keys = load_keys(workdir)
+    if keys is None and not is_loopback(manifest.url):
+        raise WeightsRefused(f"weights are at {manifest.url}, beyond this host, and {workdir} holds no keys for it")
+    return pull(manifest, store.run_folder(workdir, shared_memory), timeout=timeout, keys=keys)
 
 
 def _wait_for(path: Path, manifest: Manifest, timeout: float) -> None:

@@ -1,0 +1,229 @@
+"""Versions of the weights between hosts: a byte server beside the publisher, and a puller on every other host.
+
+A host pulls a version once: the first worker that needs it takes a lock and writes it into the host's own shared
+memory, the others wait and map the same file. What was already pulled when a connection (or the puller) died is kept:
+the next one goes on from there. With keys in the run's folder the connection is encrypted and only the run's clients
+are served; without them only loopback addresses are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import struct
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+import zmq
+from zmq.utils import z85
+
+from areal_jax.transport.endpoints import Keys, is_loopback, reachable
+from areal_jax.transport.errors import KeysMissing
+from areal_jax.transport.messages import Manifest
+from areal_jax.weights import store
+from areal_jax.weights.store import WeightsRefused
+
+_CHUNK = 4 << 20  # bytes of one reply
+_WINDOW = 8  # replies on their way to one client: what bounds the server's memory
+_ASK_AGAIN = 5.0  # seconds without a reply after which the connection is made anew
+_REQUEST = struct.Struct("<QI")  # offset, size
+
+
+class ByteServer:
+    """Serves ranges of files by name, in a thread of its own, to any number of clients. `close` it."""
+
+    def __init__(self, address: str, keys: Keys | None = None):
+        if keys is None and not is_loopback(address):
+            raise KeysMissing(f"weights may not be served on {address} without keys in the run's folder")
+        self._files: dict[bytes, tuple[int, int]] = {}  # name -> (file descriptor, size)
+        self._lock = threading.Lock()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._zap: zmq.Socket | None = None
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, 1024)
+        self._socket.setsockopt(zmq.SNDHWM, 2 * _WINDOW)
+        if keys is not None:
+            if keys.server_secret is None:
+                raise KeysMissing("weights are served by the trainer, and its keys folder holds no server.secret")
+            self._zap = self._context.socket(zmq.REP)
+            self._zap.bind("inproc://zeromq.zap.01")
+            self._client = z85.decode(keys.client_public)
+            self._socket.curve_secretkey, self._socket.curve_publickey = keys.server_secret, keys.server_public
+            self._socket.curve_server = True
+            self._socket.zap_domain = b"run"
+        self._socket.bind(address)
+        self.url = reachable(self._socket.last_endpoint.decode())
+        self._stop = self._context.socket(zmq.PAIR)
+        self._stop.bind("inproc://stop")
+        self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
+        self._thread.start()
+
+    def serve(self, path: Path) -> None:
+        """Offer a finished file, under its name, until `forget`."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_SH)  # its pages are not used again while it is offered
+        self.forget(path)
+        with self._lock:
+            self._files[path.name.encode()] = (fd, os.fstat(fd).st_size)
+
+    def forget(self, path: Path) -> None:
+        with self._lock:
+            if (file := self._files.pop(path.name.encode(), None)) is not None:
+                os.close(file[0])
+
+    def close(self) -> None:
+        if self._context.closed:
+            return
+        with self._context.socket(zmq.PAIR) as stop:
+            stop.connect("inproc://stop")
+            stop.send(b"")
+        self._thread.join()
+        for name in list(self._files):
+            self.forget(Path(name.decode()))
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        sockets = [s for s in (self._socket, self._stop, self._zap) if s is not None]
+        for sock in sockets:
+            poller.register(sock, zmq.POLLIN)
+        while self._stop not in (ready := dict(poller.poll())):
+            if self._zap in ready:
+                self._admit(self._zap.recv_multipart())
+            if self._socket in ready:
+                self._answer(self._socket.recv_multipart())
+        for sock in sockets:
+            sock.close(0)
+        self._context.term()
+
+    def _admit(self, parts: list[bytes]) -> None:
+        """Answer ZeroMQ's question (ZAP, RFC 27) whether a client may connect: only with the run's client key."""
+        version, request, *_ = parts
+        mechanism, *credentials = parts[5:]
+        known = mechanism == b"CURVE" and len(credentials) == 1 and secrets.compare_digest(credentials[0], self._client)
+        status = [b"200", b"OK"] if known else [b"400", b"not a key of this run"]
+        self._zap.send_multipart([version, request, *status, b"", b""])
+
+    def _answer(self, parts: list[bytes]) -> None:
+        """[client, name, range] -> [client, range, bytes]; no bytes when there is no such file or range."""
+        if len(parts) != 3 or len(parts[2]) != _REQUEST.size:
+            return
+        client, name, wanted = parts
+        offset, size = _REQUEST.unpack(wanted)
+        with self._lock:
+            fd, end = self._files.get(name, (-1, 0))
+            data = os.pread(fd, size, offset) if 0 < size <= _CHUNK and offset + size <= end else b""
+        self._socket.send_multipart([client, wanted, data], copy=False)
+
+
+def pull(manifest: Manifest, folder: Path, *, timeout: float, keys: Keys | None = None) -> Path:
+    """This host's own copy of a version, pulled unless it is there; its checksums are the caller's to compare.
+
+    The last process of this host that pulled removes `folder` when it exits.
+
+    Args:
+      folder: where this host keeps its copies (`store.run_folder`); two newest are kept.
+      timeout: seconds without any progress, here or by whoever else pulls, after which `WeightsRefused` is raised.
+    """
+    _use(folder)
+    path = folder / store.file_name(manifest.version, manifest.tensors)
+    with _only_one(folder / "pulling", path, timeout) as must:
+        if must:
+            part = path.with_suffix(".part")
+            for stale in folder.glob("*.part"):
+                if stale != part:
+                    stale.unlink()
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb", closefd=True) as file:
+                file.seek(0, os.SEEK_END)
+                _fetch(manifest, path.name, file, timeout, keys)
+            part.replace(path)
+            for old in sorted(folder.glob("v*.weights"))[:-2]:
+                if old != path:
+                    old.unlink()
+    return path
+
+
+_used: dict[Path, IO[bytes]] = {}  # folders that this process pulls into, each with a file that it has locked
+
+
+def _use(folder: Path) -> None:
+    """Make the folder, and see to its removal by the last process that uses it. (A killed one leaves it.)"""
+    if folder in _used and folder.exists():
+        return
+    store.make_private(folder)
+    _used[folder] = (folder / "users").open("wb")  # open for as long as this process lives
+    fcntl.flock(_used[folder], fcntl.LOCK_SH)
+
+    @atexit.register
+    def leave() -> None:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(_used[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path, path: Path, timeout: float):
+    """Whether the caller must pull `path`: False once somebody else on this host has."""
+    deadline, size = time.monotonic() + timeout, -1
+    with open(lock, "wb") as file:
+        while not path.exists():
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            part = path.with_suffix(".part")
+            grown = part.stat().st_size if part.exists() else 0
+            if grown != size:
+                deadline, size = time.monotonic() + timeout, grown
+            if time.monotonic() > deadline:
+                raise WeightsRefused(f"{path.name}: another process of this host pulls it, without progress")
+            time.sleep(0.02)
+        yield not path.exists()
+
+
+def _fetch(manifest: Manifest, name: str, file, timeout: float, keys: Keys | None) -> None:
+    """Append what is missing of the version to `file`, reconnecting as often as need be."""
+    deadline = time.monotonic() + timeout
+    while (begin := file.tell()) < manifest.nbytes:
+        error = _fetch_some(manifest, name, file, min(_ASK_AGAIN, timeout), keys)
+        if file.tell() > begin:
+            deadline = time.monotonic() + timeout
+        elif time.monotonic() > deadline:
+            raise WeightsRefused(
+                f"version {manifest.version}: {manifest.url} sent nothing for {timeout:g} s, after {begin} of "
+                f"{manifest.nbytes} bytes" + (f" ({error})" if error else "")
+            )
+
+
+def _fetch_some(manifest: Manifest, name: str, file, patience: float, keys: Keys | None) -> str:
+    """One connection's worth: until all is there, or nothing has come for `patience` seconds (why is returned)."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.MAXMSGSIZE, _CHUNK + 1024)
+        if keys is not None:
+            sock.curve_publickey, sock.curve_secretkey = keys.client_public, keys.client_secret
+            sock.curve_serverkey = keys.server_public
+        sock.connect(manifest.url)
+        asked = file.tell()
+        while file.tell() < manifest.nbytes:
+            while asked < min(manifest.nbytes, file.tell() + _WINDOW * _CHUNK):
+                size = min(_CHUNK, manifest.nbytes - asked)
+                sock.send_multipart([name.encode(), _REQUEST.pack(asked, size)])
+                asked += size
+            if not sock.poll(int(patience * 1000)):
+                return "no reply; is the trainer alive, and have both sides the same keys?"
+            got, data = sock.recv_multipart()
+            offset, size = _REQUEST.unpack(got)
+            if offset != file.tell():
+                return f"byte {offset} came where {file.tell()} was expected"
+            if len(data) != size:
+                raise WeightsRefused(
+                    f"version {manifest.version} is gone: {manifest.url} has it no more, there must be a newer one"
+                )
+            file.write(data)
+    return ""
