@@ -61,7 +61,7 @@ async def serve(workdir: str, index: int) -> int:
     services = [Client(name, workdir, server=f"rewards-{i}") for i in range(rewards.services)]
     worker = Worker(
         settings,
-        engine=make_engine(rollout, values["model"], seed=values["seed"] * 1009 + index),
+        engine=make_engine(rollout, values["model"], seed=values["seed"] * 1009 + index, workdir=workdir),
         workflow=load_workflow(rollout.workflow, rollout.workflow_args),
         tokenizer=tokenizer,
         verifier=RewardClients(services, patience=2 * rewards.timeout, limit=10 * rewards.timeout),

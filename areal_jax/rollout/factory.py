@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Engine
 
 
-def make_engine(config: RolloutConfig, model_path: str, seed: int) -> Engine:
+def make_engine(config: RolloutConfig, model_path: str, *, seed: int, workdir: str | os.PathLike) -> Engine:
     """An engine, not started yet, for the checkpoint folder `model_path`; raises `ValueError` for an unknown one.
 
     `seed` is this worker's own: vLLM's generator takes it. The embedded engine's random numbers come with each request.
+    `workdir` is the run's folder: weights from other hosts need it.
     """
     if config.engine == "jax":
         from areal_jax.rollout.jax_engine import make_jax_engine
 
-        return make_jax_engine(config, model_path)
+        return make_jax_engine(config, model_path, workdir)
     if config.engine == "vllm":
         from areal_jax.rollout.vllm_engine import VllmEngine
 
@@ -26,6 +29,7 @@ def make_engine(config: RolloutConfig, model_path: str, seed: int) -> Engine:
             interruptible=config.interruptible,
             dtype=config.dtype,
             seed=seed,
+            workdir=workdir,
             weights_timeout=config.weights_timeout,
             engine_args=dict(config.engine_args),
         )

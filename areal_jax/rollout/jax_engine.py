@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import queue
 import threading
 import time
@@ -346,13 +347,13 @@ def _set_results(settled: list[tuple[asyncio.Future, Any]]) -> None:
             future.set_result(result)
 
 
-def hf_loader(model: Model, dtype: Any, timeout: float) -> Load:
+def hf_loader(model: Model, dtype: Any, timeout: float, workdir: str | os.PathLike | None = None) -> Load:
     """A `Load` for versions that the trainer published: checked, mapped, copied to the default device as `dtype`."""
 
     def load(manifest: Manifest) -> tuple[Any, dict[str, float]]:
         start = time.perf_counter()
         try:
-            with weights.open_version(manifest, timeout=timeout) as version:
+            with weights.open_version(manifest, workdir=workdir, timeout=timeout) as version:
                 middle = time.perf_counter()
                 params = jax.block_until_ready(from_hf(model, version, jnp.dtype(dtype)))
         except (weights.WeightsRefused, ModelError, OSError) as error:
@@ -362,7 +363,7 @@ def hf_loader(model: Model, dtype: Any, timeout: float) -> Load:
     return load
 
 
-def make_jax_engine(config: RolloutConfig, model_path: str) -> JaxEngine:
+def make_jax_engine(config: RolloutConfig, model_path: str, workdir: str | os.PathLike | None = None) -> JaxEngine:
     """The engine for the checkpoint folder `model_path`, as the settings say; not started yet."""
     unknown = set(config.engine_args) - {"prefill_rows"}
     if unknown:
@@ -370,7 +371,7 @@ def make_jax_engine(config: RolloutConfig, model_path: str) -> JaxEngine:
     model = Model(ModelConfig.from_hf(model_path), compute_dtype=config.dtype)
     return JaxEngine(
         model,
-        hf_loader(model, config.dtype, config.weights_timeout),
+        hf_loader(model, config.dtype, config.weights_timeout, workdir),
         slots=config.slots,
         max_length=config.max_length,
         steps_per_dispatch=config.steps_per_dispatch,

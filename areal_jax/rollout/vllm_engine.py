@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import numpy as np
 
-from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Completion, EngineDied, Request, Sampling, WeightsRefused
 from areal_jax.transport.messages import Manifest
 from areal_jax.weights import OpenVersion, open_version, same_layout
@@ -47,6 +46,7 @@ class VllmEngine:
       dtype: of parameters, computation and cache.
       seed: of vLLM's own generator; must differ between the workers of a run. vLLM's samples depend on its schedule:
         only their distribution is reproducible.
+      workdir: the run's folder; weights from other hosts need it.
       weights_timeout: seconds to wait for a version's bytes.
       engine_args: more of vLLM's engine arguments, by name (tensor_parallel_size, gpu_memory_utilization, ...).
     """
@@ -61,6 +61,7 @@ class VllmEngine:
         interruptible: bool = True,
         dtype: str = "float32",
         seed: int = 0,
+        workdir: str | os.PathLike | None = None,
         weights_timeout: float = 120.0,
         engine_args: dict[str, Any] | None = None,
     ):
@@ -73,7 +74,7 @@ class VllmEngine:
         self.paused = False
         self.on_change: Callable[[], None] | None = None
         self._recompute, self._interruptible = kv_policy == "recompute", interruptible
-        self._timeout = weights_timeout
+        self._workdir, self._timeout = workdir and os.fspath(workdir), weights_timeout
         self._args = {
             "model": model,
             "dtype": dtype,
@@ -182,7 +183,7 @@ class VllmEngine:
 
         if self._layout is not None:
             same_layout(self._layout, manifest)
-        with await asyncio.to_thread(open_version, manifest, timeout=self._timeout) as version:
+        with await asyncio.to_thread(open_version, manifest, workdir=self._workdir, timeout=self._timeout) as version:
             timings = dict(version.timings)
             with _timed(timings, "open"):
                 await self._open_in_workers(manifest, version)
@@ -223,7 +224,7 @@ class VllmEngine:
 
     async def _open_in_workers(self, manifest: Manifest, version: OpenVersion) -> None:
         """Every worker process maps the version, and checks it where it is not the file that we have checked."""
-        arguments = (msgspec.to_builtins(manifest), list(version.identity), self._timeout)
+        arguments = (msgspec.to_builtins(manifest), list(version.identity), self._workdir, self._timeout)
         for rank, refusal in enumerate(await self._llm.collective_rpc("areal_jax_open_weights", args=arguments)):
             if refusal:
                 raise WeightsRefused(f"vLLM's worker {rank}: {refusal}")
@@ -333,18 +334,3 @@ def _timed(timings: dict[str, float], name: str):
         yield
     finally:
         timings[name] = time.perf_counter() - start
-
-
-def make_vllm_engine(config: RolloutConfig, model: str, *, seed: int = 0) -> VllmEngine:
-    """The engine that a run's settings ask for; see `VllmEngine` for `model` and `seed`."""
-    return VllmEngine(
-        model,
-        slots=config.slots,
-        max_length=config.max_length,
-        kv_policy=config.kv_policy,
-        interruptible=config.interruptible,
-        dtype=config.dtype,
-        seed=seed,
-        weights_timeout=config.weights_timeout,
-        engine_args=config.engine_args,
-    )

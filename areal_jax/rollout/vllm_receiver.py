@@ -53,10 +53,10 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._open: OpenVersion | None = None
         self._complete = False  # whether some version has filled every parameter
 
-    def open(self, manifest: Manifest, verified: tuple[int, int, int] | None, timeout: float) -> None:
+    def open(self, manifest: Manifest, verified: list[int] | None, workdir: str | None, timeout: float) -> None:
         """Map a version; its checksums are compared unless `verified` identifies the very file that is found."""
         self.shutdown()
-        version = open_version(manifest, timeout=timeout, verify=False)
+        version = open_version(manifest, workdir=workdir, timeout=timeout, verify=False)
         try:
             if verified is None or version.identity != tuple(verified):
                 version.verify()
@@ -111,12 +111,10 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 class WorkerExtension:
     """Methods that vLLM adds to its workers, called by `collective_rpc`; errors come back as text, rank by rank."""
 
-    def areal_jax_open_weights(self, manifest: dict, verified: list[int] | None, timeout: float) -> str:
+    def areal_jax_open_weights(self, manifest: dict, verified: list[int] | None, workdir: str | None, timeout: float):
         """Empty, or why this rank refuses the version."""
         try:
-            self.weight_transfer_engine.open(
-                msgspec.convert(manifest, Manifest), tuple(verified) if verified else None, timeout
-            )
+            self.weight_transfer_engine.open(msgspec.convert(manifest, Manifest), verified, workdir, timeout)
         except (WeightsRefused, OSError) as error:
             return str(error)
         return ""

@@ -112,7 +112,7 @@ def test_vllm_workers_check_what_the_rollout_worker_has_not(harness):
     manifest = harness.publish(harness.engine.version + 1)
     with open(manifest.path, "r+b") as file, mmap.mmap(file.fileno(), 0) as data:
         data[manifest.tensors[2].offset + 1] ^= 4
-    arguments = (msgspec.to_builtins(manifest), None, 10.0)
+    arguments = (msgspec.to_builtins(manifest), None, None, 10.0)
     refusals = harness.run(harness.engine._llm.collective_rpc("areal_jax_open_weights", args=arguments))
     assert len(refusals) == 1 and manifest.tensors[2].name in refusals[0]
 
