@@ -203,7 +203,7 @@ class Core:
 
     def weights_loaded(self, loaded: m.WeightsLoaded, now: float) -> None:
         worker = self.fleet.workers.get(loaded.name)
-        if worker is None or worker.updating != loaded.version:
+        if worker is None or (worker.updating, worker.updating_to) != (loaded.version, loaded.published_at):
             self.counters["unexpected_weights_loaded"] += 1
             return
         worker.updating = None
@@ -235,7 +235,7 @@ class Core:
             self.ledger.end(group.prompt, FILTERED)
             self.counters["filtered"] += 1
             self._filtered_in_a_row += 1
-            if self._filtered_in_a_row >= max(len(self.records), 2 * self.config.batch_size):
+            if self._filtered_in_a_row >= max(len(self.records), 8 * self.config.batch_size):
                 self.stop(
                     f"the last {self._filtered_in_a_row} groups were all filtered, as many as the data has prompts "
                     f"({len(self.records)}) or more: all samples of a prompt get the same reward. Check the verifier, "
@@ -377,7 +377,7 @@ class Core:
             self._update(worker, self.manifest, now)
 
     def _update(self, worker: Worker, manifest: m.Manifest, now: float) -> None:
-        worker.updating, worker.updating_since = manifest.version, now
+        worker.updating, worker.updating_to, worker.updating_since = manifest.version, manifest.published_at, now
         self.send(worker.name, m.UpdateWeights(manifest=manifest))
 
     def send(self, name: str, message: m.Message) -> None:

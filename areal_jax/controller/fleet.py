@@ -20,6 +20,7 @@ class Worker:
     evaluating: set[Slot] = field(default_factory=set)
     updating: int | None = None  # version it was told to load, until it says how that went
     updating_since: float = 0.0
+    updating_to: float = 0.0  # when that version was published: a life that went back may use its number again
     loads_failed: int = 0  # in a row; it is told again after a pause
     retry_at: float = 0.0
     heard: float = 0.0

@@ -213,9 +213,11 @@ class Worker:
                 log.exception("loading version %d failed", manifest.version)
                 self.stop(ENGINE_DIED, f"loading version {manifest.version}: {type(failure).__name__}: {failure}")
                 return
-            await self._send(
-                WeightsLoaded(name=self.settings.name, version=manifest.version, timings=timings, error=error)
-            )
+            loaded = WeightsLoaded(
+                name=self.settings.name, version=manifest.version, published_at=manifest.published_at,
+                timings=timings, error=error,
+            )  # fmt: skip
+            await self._send(loaded)
         self._loader = None  # the clock asks for it
         self._settle_clock()
 

@@ -172,6 +172,7 @@ class SampleFailed(Message, tag="sample_failed"):
 class WeightsLoaded(Message, tag="weights_loaded"):
     name: str
     version: int
+    published_at: float = 0.0  # of the manifest that it was told to load
     timings: dict[str, float] = {}  # seconds: read, convert, load, pause, recompute
     error: str = ""  # not empty: the version was refused, the worker stays on the old one
 
@@ -187,7 +188,7 @@ class GetBatch(Message, tag="get_batch"):
 
 
 class Batch(Message, tag="batch"):
-    """The groups of one training step, oldest first. The last batch of finite data may be short; an empty one ends it."""
+    """The groups of one training step, oldest first. The last of finite data may be short; an empty one is the end."""
 
     version: int
     groups: list[GroupResult]

@@ -13,8 +13,8 @@ from areal_jax.controller.core import Core, Stop
 from areal_jax.transport import messages as m
 
 
-def manifest(version: int) -> m.Manifest:
-    return m.Manifest(version=version, nbytes=0, tensors=[], path="", host="h")
+def manifest(version: int, path: str = "", published_at: float = 0.0) -> m.Manifest:
+    return m.Manifest(version=version, nbytes=0, tensors=[], path=path, host="h", published_at=published_at)
 
 
 def trajectory(versions: list[int], reward: float = 0.0, prompt: int = 2) -> m.Trajectory:
@@ -33,7 +33,7 @@ def trajectory(versions: list[int], reward: float = 0.0, prompt: int = 2) -> m.T
 @dataclass
 class Work:
     task: m.Task
-    versions: list[int]  # one entry per token so far
+    tokens: list[tuple[int, str]] = field(default_factory=list)  # (version, which weights that was), per token
 
 
 @dataclass
@@ -44,11 +44,11 @@ class FakeWorker:
     pid: int
     slots: int = 4
     version: int = -1
+    path: str = ""
     work: dict[tuple[int, int], Work] = field(default_factory=dict)
-    pending_update: int | None = None
+    updates: list[m.Manifest] = field(default_factory=list)  # told to load, not loaded yet
 
     def hello(self) -> m.Hello:
-        running = [(w.task.group, w.task.sample, w.task.attempt) for w in self.work.values()]
         return m.Hello(
             role="rollout",
             name=self.name,
@@ -56,43 +56,48 @@ class FakeWorker:
             pid=self.pid,
             slots=self.slots,
             version=self.version,
-            running=running,
+            running=[(w.task.group, w.task.sample, w.task.attempt) for w in self.work.values()],
         )
 
     def take(self, message: m.Message) -> None:
         match message:
             case m.Assign():
                 for task in message.tasks:
-                    assert self.version >= 0 and (task.group, task.sample) not in self.work
-                    self.work[task.group, task.sample] = Work(task, [])
+                    assert (task.group, task.sample) not in self.work, "given what it has already"
+                    self.work[task.group, task.sample] = Work(task)
+                assert len(self.work) <= int(self.slots * 1.25)
             case m.Cancel():
                 for slot in message.tasks:
                     self.work.pop(tuple(slot), None)
             case m.UpdateWeights():
-                assert self.pending_update is None
-                self.pending_update = message.manifest.version
+                self.updates.append(message.manifest)
+
+    def grow(self, slot: tuple[int, int]) -> None:
+        self.work[slot].tokens.append((self.version, self.path))
 
 
 class World:
-    """The core, its workers and its trainer. `audit` collects what the promises are about."""
+    """The core, its workers and its trainer, and everything that was ever consumed."""
 
     def __init__(self, config: ControllerConfig, prompts: int, seed: int = 0, evals: int = 0, rolling: bool = True):
         self.config, self.rng, self.now = config, random.Random(seed), 0.0
-        self.rolling, self.evals, self.prompts = rolling, evals, prompts
+        self.rolling, self.evals, self.incarnation, self.pids = rolling, evals, -1, 0
         self.records = [{"prompt": str(i)} for i in range(prompts)]
-        self.core = self.new_core()
         self.workers: dict[str, FakeWorker] = {}
-        self.pids = 0
-        self.version = -1
+        self.version, self.publications = -1, 0
+        self.weights: dict[int, str] = {}  # version -> which weights that is, in the present life of the run
         self.consumed: list[tuple[int, m.GroupResult]] = []  # (step, group), for good
         self.batches: dict[int, m.Batch] = {}
         self.stopped: str | None = None
-        self.reward = lambda task: float(self.rng.random() < 0.5)
+        self.results: list[m.Message] = []  # everything workers ever reported
+        self.origin: dict[int, str] = {}  # id of a trajectory's versions array is not stable: by attempt
+        self.core = self.new_core()
 
-    def new_core(self, incarnation: int = 0) -> Core:
+    def new_core(self) -> Core:
+        self.incarnation += 1
         evals = [{"prompt": f"e{i}"} for i in range(self.evals)]
         return Core(
-            self.config, self.records, evals, seed=3, rolling=self.rolling, incarnation=incarnation, now=self.now
+            self.config, self.records, evals, seed=3, rolling=self.rolling, incarnation=self.incarnation, now=self.now
         )
 
     # --- Events ----------------------------------------------------------------------------------------------------
@@ -116,6 +121,11 @@ class World:
         del self.workers[name]
         self.advance(self.config.heartbeat_limit + 1)
 
+    def leave(self, name: str) -> None:
+        del self.workers[name]
+        self.core.goodbye(name, self.now)
+        self.deliver()
+
     def advance(self, seconds: float) -> None:
         self.now += seconds
         for worker in self.workers.values():
@@ -124,26 +134,28 @@ class World:
         self.deliver()
 
     def load(self, worker: FakeWorker, error: str = "") -> None:
-        """`worker` has loaded the weights it was told to load."""
-        version, worker.pending_update = worker.pending_update, None
+        """`worker` has loaded the weights it was told to load, or could not."""
+        told = worker.updates.pop(0)
         if not error:
-            worker.version = version
-        self.core.weights_loaded(m.WeightsLoaded(name=worker.name, version=version, error=error), self.now)
+            worker.version, worker.path = told.version, told.path
+        reply = m.WeightsLoaded(worker.name, told.version, told.published_at, error=error)
+        self.core.weights_loaded(reply, self.now)
         self.deliver()
 
-    def grow(self, worker: FakeWorker, slot: tuple[int, int]) -> None:
-        worker.work[slot].versions.append(worker.version)
-
-    def done(self, worker: FakeWorker, slot: tuple[int, int], reward: float | None = None) -> m.SampleDone:
+    def done(self, worker: FakeWorker, slot: tuple[int, int], reward: float | None = None) -> None:
+        if not worker.work[slot].tokens:
+            worker.grow(slot)
         work = worker.work.pop(slot)
-        if not work.versions:
-            work.versions.append(worker.version)
-        reward = self.reward(work.task) if reward is None else reward
+        reward = float(self.rng.random() < 0.5) if reward is None else reward
+        made = trajectory([version for version, _ in work.tokens], reward)
+        self.origin[id(made)] = made, work.tokens
         task = work.task
-        message = m.SampleDone(worker.name, task.group, task.sample, task.attempt, [trajectory(work.versions, reward)])
+        self.report(m.SampleDone(worker.name, task.group, task.sample, task.attempt, [made]))
+
+    def report(self, message: m.SampleDone) -> None:
+        self.results.append(message)
         self.core.sample_done(message, self.now)
         self.deliver()
-        return message
 
     def fail(self, worker: FakeWorker, slot: tuple[int, int], error: str = "verifier_timeout") -> None:
         task = worker.work.pop(slot).task
@@ -151,7 +163,9 @@ class World:
         self.deliver()
 
     def publish(self, version: int) -> m.Message:
-        reply = self.core.publish(manifest(version), self.now)
+        self.weights.setdefault(version, f"{version} of life {self.incarnation}.{self.core.lives}")
+        self.publications += 1
+        reply = self.core.publish(manifest(version, self.weights[version], float(self.publications)), self.now)
         if isinstance(reply, m.Published):
             self.version = version
             if (batch := self.batches.pop(version - 1, None)) is not None:
@@ -162,17 +176,46 @@ class World:
     def get_batch(self, version: int) -> m.Message:
         reply = self.core.get_batch(version, self.now)
         if isinstance(reply, m.Batch):
-            assert self.batches.setdefault(version, reply) == reply
+            assert self.batches.setdefault(version, reply) is reply, "asked again, another batch"
         self.deliver()
         return reply
+
+    # --- Checkpoints -----------------------------------------------------------------------------------------------
+
+    def checkpoint(self, version: int) -> tuple[int, bytes, list]:
+        reply = self.core.get_state(version)
+        assert isinstance(reply, m.State), reply
+        consumed = self.consumed + [
+            (step, group) for step, batch in self.batches.items() if step < version for group in batch.groups
+        ]
+        return version, reply.data, consumed
+
+    def resume(self, saved: tuple[int, bytes, list], new_controller: bool) -> None:
+        """The trainer goes back to a checkpoint, with the same controller or (both were killed) another."""
+        version, data, consumed = saved
+        if new_controller:
+            self.core = self.new_core()
+            for worker in self.workers.values():
+                self.core.hello(worker.hello(), self.now)
+        reply = self.core.set_state(m.SetState(version=version, data=data), self.now)
+        assert reply == m.Published(version=version), reply
+        self.deliver()
+        self.consumed, self.batches, self.version = list(consumed), {}, -1
+        self.weights = {number: path for number, path in self.weights.items() if number <= version}
+        assert self.publish(version) == reply
+
+    def load_all(self, worker: FakeWorker, publish: int) -> None:
+        self.publish(publish)
+        while worker.updates:
+            self.load(worker)
 
     # --- Whole stretches -------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Every worker loads what it should and finishes everything it has, until nothing is left to do."""
-        while True:
+        for _ in range(10_000):
             for worker in self.workers.values():
-                if worker.pending_update is not None:
+                if worker.updates:
                     self.load(worker)
                     break
                 if worker.work:
@@ -180,6 +223,25 @@ class World:
                     break
             else:
                 return
+        raise AssertionError("workers never run out of work")
+
+    def train(self, steps: int) -> bool:
+        """Training steps with workers that always keep up; False when the data is used up before."""
+        for _ in range(steps):
+            reply = self.get_batch(self.version)
+            for _ in range(100):
+                if isinstance(reply, m.Batch):
+                    break
+                self.settle()
+                self.advance(15.0)
+                reply = self.get_batch(self.version)
+            if self.stopped:
+                return False
+            assert isinstance(reply, m.Batch), f"no batch although a worker lives: {reply}"
+            assert isinstance(self.publish(self.version + 1), m.Published)
+            if not reply.groups:
+                return False
+        return True
 
     def audit(self) -> None:
         """The promises about what was consumed."""
@@ -187,9 +249,28 @@ class World:
         for step, group in self.consumed:
             assert step - group.oldest_version <= eta, f"group {group.group} is over age in step {step}"
             assert len(group.samples) == self.config.group_size
+            for made in (t for sample in group.samples for t in sample):
+                if id(made) in self.origin:  # not one that went through a checkpoint
+                    for version, path in self.origin[id(made)][1]:
+                        assert self.weights[version] == path, "tokens of weights that the trainer has lost"
         numbers = Counter(group.group for _, group in self.consumed)
         visits = Counter((group.epoch, group.record_index) for _, group in self.consumed)
         assert max(numbers.values(), default=1) == 1, "a group was consumed twice"
         assert max(visits.values(), default=1) == 1, "a prompt was consumed twice in an epoch"
         sizes = Counter(step for step, _ in self.consumed)
         assert all(size == batch_size for step, size in sizes.items() if step != max(sizes)), "a short batch"
+        tasks = [work.task for worker in self.workers.values() for work in worker.work.values()]
+        running = {(task.group, task.sample): task.attempt for task in tasks if task.group >= 0}
+        ledger = self.core.ledger
+        book = {
+            (group.number, i): sample.attempt
+            for group in ledger.open.values()
+            for i, sample in enumerate(group.samples)
+            if sample.worker in self.workers
+        }
+        assert running == book, "workers and ledger disagree"
+        for epoch, fate in ledger.fate.items():
+            alive = [g.prompt for g in (*ledger.open.values(), *self.core.buffer.groups.values())]
+            alive += [*ledger.again, *(g.prompt for groups in self.core.handed_groups.values() for g in groups)]
+            indices = sorted(prompt.index for prompt in alive if prompt.epoch == epoch)
+            assert indices == [i for i, code in enumerate(fate) if code == 1], "a prompt is lost, or there twice"

@@ -17,9 +17,9 @@ def running(world):
 def test_the_first_weights_come_before_the_first_task():
     world = World(config(), 10)
     worker = world.join("a")
-    assert not worker.work and worker.pending_update is None
+    assert not worker.work and not worker.updates
     world.publish(0)
-    assert worker.pending_update == 0 and not worker.work
+    assert [u.version for u in worker.updates] == [0] and not worker.work
     world.load(worker)
     assert running(world) == [0, 1, 2], "room for five samples: two groups of two, and part of a third"
 
