@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=3, help="of 32: vLLM's CPU build has no smaller ones")
     parser.add_argument("--max-terms", type=int, default=8)
     parser.add_argument("--careless", type=float, default=0.75, help="how often the teacher forgets to carry")
     parser.add_argument("--steps", type=int, default=600)
