@@ -1,0 +1,50 @@
+"""Several JAX processes are one trainer: the same batches give the same weights as a single process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.trainer import fake
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(workdir, process):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", "areal_jax.trainer", "--workdir", str(workdir), "--process", str(process)]
+    log = open(workdir / f"trainer-{process}.log", "w")  # noqa: SIM115
+    return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=workdir)
+
+
+def run(folder, processes, **trainer):
+    """Trains with real processes against the scripted controller; the exported weights and the controller."""
+    workdir, _ = fake.prepare(folder, processes=processes, **trainer)
+    with fake.FakeController(workdir) as controller:
+        started = [start(workdir, i) for i in range(processes)]
+        try:
+            codes = [process.wait(240) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+    logs = "\n".join((workdir / f"trainer-{i}.log").read_text()[-3000:] for i in range(processes))
+    assert codes == [0] * processes, logs
+    return load_file(workdir / "export" / "model.safetensors"), controller
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["data_parallel", "fsdp"])
+def test_two_processes_equal_one(tmp_path, axis):
+    settings = {"proximal": "recompute", "minibatches": 2, "steps": 2, "fsdp": 1}
+    alone, _ = run(tmp_path / "one", 1, **settings)
+    both, controller = run(tmp_path / "two", 2, **(settings | {axis: 2}))
+    assert sorted(controller.versions) == [0, 1, 2]
+    assert len({beat.name for beat in controller.beats}) == 2
+    for name, value in alone.items():
+        assert np.abs(value - controller.versions[0][name]).max() > 0 or "bias" in name
+        np.testing.assert_allclose(both[name], value, atol=2e-5, err_msg=name)
