@@ -52,7 +52,7 @@ def snapshot(rows: Sequence[Mapping[str, Any]], status: Mapping[str, Any], confi
     series = [value for row in rows if (value := first(row, "reward/accuracy", "reward/mean")) is not None]
     held_out = [(row["step"], row["eval/accuracy"]) for row in rows if number(row.get("eval/accuracy")) is not None]
     return Snapshot(
-        step=int(last.get("step", -1)) + 1 if rows else int(status.get("version") or 0),
+        step=int(last.get("step", 0)) if rows else int(status.get("version") or 0),
         steps=config["trainer"]["steps"],
         accuracy=series,
         reward=first(last, "reward/mean"),

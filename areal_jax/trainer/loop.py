@@ -176,7 +176,9 @@ class Training:
             self.learner.warm_up()
         if evaluate:
             self.memory["accuracy_before"] = self.evaluate(version)
+        distributed.any_process(False)  # compiled now, not in the first step
         self.compiles.restart()
+        self._step_ended = self.clock.totals()
 
     def step(self, message: m.Batch) -> None:
         """One training step: advantages, pack, proximal log-probs, update, and the new version on its way."""
@@ -192,8 +194,7 @@ class Training:
         self.publish()
         seconds = time.perf_counter() - started
         self.memory["trained_tokens"] += batch.report.get("batch/trained_tokens", 0)
-        times = {"time/train": seconds, "perf/train_tokens_per_s": batch.report.get("batch/tokens", 0) / seconds}
-        self.pending = (pending, dict(message.report) | times)
+        self.pending = (pending, dict(message.report) | self._times(seconds, batch.report.get("batch/tokens", 0)))
         self.link.counters = {"steps": self.learner.version, "trained_tokens": self.memory["trained_tokens"]}
         self.link.gauges = {"version": self.learner.version}
         self.clock.enter("idle")
@@ -273,17 +274,25 @@ class Training:
             log.warning("version %d: %s", pending.version, warning)
         if self.publisher is not None:
             report |= self.publisher.timings
-        now = self.clock.totals()
-        report["idle/trainer"] = idle_fraction(_since(now, getattr(self, "_last_totals", self.idle_from)))
-        report["time/step"] = sum(_since(now, getattr(self, "_last_totals", self.idle_from)).values())
-        report["time/wall"] = self.memory["wall_seconds"] + self.clock.age()
-        report["perf/compilations"] = self.compiles.count
-        self._last_totals = now
         if self.first:
             if problem := self.guard.judge(pending.version, report, pending.packed):
                 report["problem"] = problem
                 log.warning("version %d: %s", pending.version, problem)
             self.writer.write(pending.version, report)
+
+    def _times(self, seconds: float, tokens: int) -> dict[str, float]:
+        """Where the time since the end of the last step went; `seconds` is this step's own."""
+        now = self.clock.totals()
+        spent, self._step_ended = _since(now, self._step_ended), now
+        return {
+            "time/train": seconds,
+            "time/step": sum(spent.values()),
+            "time/wait_for_batch": spent.get("waiting:batch", 0.0),
+            "time/wall": self.memory["wall_seconds"] + sum(now.values()),
+            "idle/trainer": idle_fraction(spent),
+            "perf/train_tokens_per_s": tokens / seconds,
+            "perf/compilations": self.compiles.count,
+        }
 
     def evaluate(self, version: int) -> float:
         """Accuracy on the evaluation set under exactly this version; waits for it."""

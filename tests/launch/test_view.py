@@ -9,7 +9,7 @@ from areal_jax.launch.view import activity, screen, step_line, words
 
 CONFIG = resolve(default_config())
 ROWS = [
-    {"step": i, "reward/mean": 0.1 * i, "reward/accuracy": 0.1 * i, "staleness/max": i % 3, "staleness/hist": [3, 2, 1],
+    {"step": i + 1, "reward/mean": 0.1 * i, "reward/accuracy": 0.1 * i, "staleness/max": i % 3, "staleness/hist": [3, 2, 1],
      "perf/gen_tokens_per_s": 1000.0 * i, "perf/train_tokens_per_s": 500.0}
     | ({"eval/accuracy": 0.25} if i == 0 else {})
     for i in range(10)
@@ -28,7 +28,7 @@ def test_a_snapshot_gathers_both_sides():
     state = snapshots.snapshot(ROWS, STATUS, CONFIG)
     assert (state.step, state.steps, state.bound) == (10, 100, 4)
     assert state.accuracy[-1] == 0.9 and state.staleness == [30, 20, 10] and state.max_staleness == 2
-    assert state.held_out == [(0, 0.25)]
+    assert state.held_out == [(1, 0.25)]
     assert state.members[0] == snapshots.Member("rollout-0", "generating", 0.75, "version 4, 12 of 64 slots")
     assert state.members[1].detail == "silent for 9 s" and (state.queue, state.running) == (4, 11)
 
