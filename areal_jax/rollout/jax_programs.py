@@ -45,7 +45,7 @@ class Programs:
         self.lengths = powers_of_two(min(32, max_length), max_length)
         self._model, self._dtype = model, jnp.dtype(dtype)
         self._functions = _functions(model, steps, self._dtype)
-        self._prefill, self._decode, self._insert, self._resize = self._functions
+        self._prefill, self._first, self._decode, self._insert, self._resize = self._functions
         self._compiled = 0
 
     def new_cache(self, length: int):
@@ -54,7 +54,8 @@ class Programs:
 
     def prefill(self, params, tokens, lengths, rows: Rows):
         """Runs int32 `[prefill_rows, P]` `tokens`; returns (their part of the cache, next tokens, log-probs)."""
-        return self._prefill(params, tokens, lengths, rows)
+        part, logits = self._prefill(params, tokens, lengths)
+        return part, *self._first(logits, lengths, rows)
 
     def insert(self, cache, part, slots):
         """Writes a prefill's part of the cache into `slots` (out of range: nowhere)."""
@@ -96,6 +97,7 @@ def _functions(model, steps: int, dtype):
     """The jitted functions; engines of one process that are alike share them, and what is compiled."""
     return (
         jax.jit(functools.partial(_prefill, model, dtype)),
+        jax.jit(_first),
         jax.jit(functools.partial(_decode, model, steps), donate_argnums=1),
         jax.jit(_insert, donate_argnums=0),
         jax.jit(_resize, static_argnums=1),
@@ -108,12 +110,15 @@ def _sample(logits, rows: Rows, keys, position, forced):
     return draw(logprobs, keys, position, rows.temperature)
 
 
-def _prefill(model, dtype, params, tokens, lengths, rows: Rows):
+def _prefill(model, dtype, params, tokens, lengths):
     count, width = tokens.shape
     cache = model.init_cache(count, width, dtype)
     logits, cache = model.prefill(params, cache, tokens, lengths, jnp.arange(count, dtype=jnp.int32))
-    token, logprob = _sample(logits, rows, request_keys(rows.identity), lengths, rows.forced)
-    return cache, token, logprob
+    return cache, logits
+
+
+def _first(logits, lengths, rows: Rows):
+    return _sample(logits, rows, request_keys(rows.identity), lengths, rows.forced)
 
 
 def _insert(cache, part, slots):

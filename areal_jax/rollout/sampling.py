@@ -64,11 +64,14 @@ def draw(logprobs, keys, positions, temperature) -> tuple[jax.Array, jax.Array]:
       temperature: float32 `[N]`.
 
     Returns:
-      `(tokens, logprobs)`: int32 `[N]`, float32 `[N]`.
+      `(tokens, logprobs)`: int32 `[N]`, float32 `[N]`; the log-prob is NaN where there is no number to compare.
     """
     noise = jax.vmap(lambda key, at: jax.random.gumbel(jax.random.fold_in(key, at), logprobs.shape[1:], jnp.float32))
     noisy = logprobs + jnp.where(temperature[:, None] > 0, noise(keys, positions), 0.0)
-    tokens = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    # An argmax of two reductions: XLA's own computes the noise anew for every comparison on CPUs.
+    index = jnp.arange(logprobs.shape[-1], dtype=jnp.int32)[None, :]
+    largest = noisy == jnp.max(noisy, axis=-1, keepdims=True)
+    tokens = jnp.min(jnp.where(largest, index, logprobs.shape[-1]), axis=-1)
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
 
 
