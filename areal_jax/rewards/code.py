@@ -1,7 +1,7 @@
 """The code verifier: does the program in a completion pass the tests?
 
 The program runs in a sandbox. What it is compared with never enters the program's process: expected outputs and results
-stay in the verifier, and assertions run in a process of their own (see `harness`).
+stay in the verifier, and assertions run in a process of their own (see `assertions`).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import time
 import warnings
 from typing import Any, Literal
 
-from areal_jax.rewards import harness, sandbox
+from areal_jax.rewards import exchange, sandbox
 from areal_jax.rewards.code_tests import Assertions, Calls, InputOutput, read_tests, same_output, same_value
 from areal_jax.rewards.outcome import VerifierError, VerifierTimeout
 from areal_jax.rewards.sandbox import Child, Limits
@@ -70,6 +70,8 @@ def grade_code(
     elif isinstance(given, Calls):
         grade = _grade_calls(program, given, limits, kind)
     else:
+        if starter and given.entry_point and _compiles(starter):  # its helpers are the tests', not the program's
+            given = dataclasses.replace(given, setup=f"{starter}\n{given.setup}")
         grade = _grade_assertions(program, given, limits, kind, in_place=in_place)
     passed = float(grade.passed == grade.total)
     return {
@@ -148,15 +150,15 @@ def _grade_calls(program: str, given: Calls, limits: Limits, kind: str) -> Grade
     spec = {"role": "calls", "program": program, "entry_point": given.entry_point, "calls": arguments}
     (result,) = sandbox.run_children([Child(spec, limits, kind)])
     passed, reason = 0, ""
-    frames = harness.split_frames(result.frames)
+    frames = exchange.split_frames(result.frames)
     for _, acceptable in given.cases:
         try:
             frame = next(frames)
-            found = harness.decode(frame["ok"], lambda *_: harness.PeerGone) if "ok" in frame else harness.PeerGone
-        except (StopIteration, harness.PeerGone, TypeError):
+            found = exchange.decode(frame["ok"], lambda *_: exchange.PeerGone) if "ok" in frame else exchange.PeerGone
+        except (StopIteration, exchange.PeerGone, TypeError):
             reason = reason or result.reason or "the program ended"
             break
-        if found is not harness.PeerGone and any(same_value(found, expected) for expected in acceptable):
+        if found is not exchange.PeerGone and any(same_value(found, expected) for expected in acceptable):
             passed += 1
         else:
             reason = reason or str(frame.get("error", "wrong_answer"))[:300]
@@ -172,7 +174,7 @@ def _grade_assertions(program: str, given: Assertions, limits: Limits, kind: str
     server = Child(serving, limits, kind, pass_fds=(to_program[0], to_tests[1]))
     judge = Child(judging, limits, kind, pass_fds=(to_tests[0], to_program[1]))
     ran, judged = sandbox.run_children([server, judge])
-    verdict = next(harness.split_frames(judged.frames), None)
+    verdict = next(exchange.split_frames(judged.frames), None)
     if verdict is None:
         return Grade(0, len(given.tests), ran.reason or judged.reason or "no verdict")
     if "broken" in verdict:

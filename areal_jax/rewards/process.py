@@ -6,6 +6,7 @@ Blocking, one call at a time; `pool.VerifierPool` runs many of these in threads.
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,11 +35,20 @@ class WorkerOverran(VerifierError):
     """The worker did not answer in time."""
 
 
-def worker_environment() -> dict[str, str]:
-    """This process's environment, with its import path, one thread per numerical library, and a mark."""
+def remove_folder(path: str) -> None:
+    """Removes a folder that a verifier or a program under test has filled, however deep."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except RecursionError:
+        subprocess.run(["rm", "-rf", "--", path], check=False)
+
+
+def worker_environment(folder: str) -> dict[str, str]:
+    """This process's environment, with its import path, temporary files in `folder`, few threads, and a mark."""
     paths = [os.getcwd(), *(path for path in sys.path if path)]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return os.environ | threads | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), INSIDE_WORKER: "1"}
+    own = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "TMPDIR": folder, INSIDE_WORKER: "1"}
+    return os.environ | threads | own
 
 
 class WorkerProcess:
@@ -52,6 +62,7 @@ class WorkerProcess:
     def __init__(self, *, memory_bytes: int = 0, start_timeout: float = 60.0):
         self.start_timeout = start_timeout
         self.calls = 0
+        self._folder = tempfile.mkdtemp(prefix="verifier-")  # it may be killed before it cleans up
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `kill`)
         command = [sys.executable, "-c", "from areal_jax.rewards.worker import main; main()", str(memory_bytes)]
         self._process = _starter.submit(
@@ -61,7 +72,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             start_new_session=True,
-            env=worker_environment(),
+            env=worker_environment(self._folder),
             bufsize=0,
         ).result()
         self.pid = self._process.pid
@@ -113,6 +124,7 @@ class WorkerProcess:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             stream.close()
+        remove_folder(self._folder)
 
     def _send(self, data: bytes, deadline: float) -> None:
         view, fd = memoryview(data), self._process.stdin.fileno()

@@ -2,7 +2,8 @@
 
 Three isolations: `bwrap` (bubblewrap: own namespaces, nothing mounted but Python), `landlock` (Landlock, no privileges
 needed), both with a seccomp filter; and `limits` (resource limits only; never chosen by itself). What holds where is
-written down in docs/sandbox.md. This file starts and watches the children; `confine` and `harness` run inside.
+written down in docs/sandbox.md. This file starts and watches the children; `confine`, `exchange`, `harness` and
+`assertions` run inside.
 """
 
 import contextlib
@@ -23,24 +24,33 @@ from typing import Any
 
 from areal_jax.rewards import confine
 from areal_jax.rewards.outcome import VerifierError
+from areal_jax.rewards.process import remove_folder
 
 ISOLATIONS = ("bwrap", "landlock", "limits")
 _BOOT = """
-import marshal, os, sys
+import marshal, os, sys, types
 with os.fdopen(int(sys.argv[1]), "rb") as f:
-    confine, harness, spec = marshal.load(f)
-inside, outside = {"__name__": "harness"}, {"__name__": "confine"}
-exec(harness, inside)
-exec(confine, outside)
+    modules, spec = marshal.load(f)
+for name, code in modules:
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(code, module.__dict__)
+confine, main = sys.modules["areal_jax.rewards.confine"].confine, module.main
 try:
-    outside["confine"](spec)
+    confine(spec)
 except BaseException as e:
     os.write(spec["ready_fd"], f"E{type(e).__name__}: {e}".encode())
     os._exit(1)
 os.write(spec["ready_fd"], b"R")
 os.close(spec["ready_fd"])
-inside["main"](spec)
+sys.path += spec["packages"]
+main(spec)
 """
+_MODULES = {
+    "script": ("confine", "exchange", "harness"),
+    "calls": ("confine", "exchange", "harness"),
+    "serve": ("confine", "exchange", "harness"),
+    "tests": ("confine", "exchange", "assertions"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +62,7 @@ class Limits:
     memory_bytes: int = 1 << 30  # address space
     file_bytes: int = 16 << 20  # size of one file
     disk_bytes: int = 64 << 20  # scratch folder
+    files: int = 10_000  # in the scratch folder (without bubblewrap)
     output_bytes: int = 4 << 20  # stdout, and stderr
     open_files: int = 64
 
@@ -68,7 +79,7 @@ class RunResult:
 
 
 class Child:
-    """One confined process with its pipes; `spec` is what `harness.main` reads. `pass_fds` are closed here."""
+    """One confined process with its pipes; `spec` is what the `main` of its role reads. `pass_fds` are closed here."""
 
     def __init__(
         self,
@@ -91,7 +102,8 @@ class Child:
         readable, packages = readable_paths(), package_paths()
         settings = dataclasses.asdict(limits) | {"isolation": isolation, "packages": packages, "ready_fd": ready_write}
         settings |= {"readable": [*readable, *packages], "writable": [self.scratch], "devices": ["/dev/null"]}
-        payload = marshal.dumps((*_child_code(), {"write_fd": frames_write} | settings | spec))
+        modules = [(f"areal_jax.rewards.{name}", _code(name)) for name in _MODULES[spec["role"]]]
+        payload = marshal.dumps((modules, {"write_fd": frames_write} | settings | spec))
         command = [sys._base_executable, "-S", "-s", "-P", "-c", _BOOT, str(init_read)]
         home = self.scratch or "/tmp"
         environment = {
@@ -145,6 +157,7 @@ class Child:
         return bool(data)
 
     def close_fd(self, fd: int) -> None:
+        """Lets go of one of the pipes."""
         if self.writing.pop(fd, None) is not None or self.reading.pop(fd, None) is not None:
             for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
                 if not stream.closed and stream.fileno() == fd:
@@ -159,23 +172,30 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def over_disk(self) -> bool:
+        """Whether the scratch folder holds too much; bubblewrap's is a file system of limited size."""
         if not self.scratch:
             return False
-        total = 0
-        for folder, _, names in os.walk(self.scratch):
-            for name in names:
-                with contextlib.suppress(OSError):
-                    total += os.lstat(os.path.join(folder, name)).st_size
+        total, entries = 0, 0
+        try:
+            for folder, folders, names in os.walk(self.scratch):
+                entries += len(folders) + len(names)
+                if entries > self.limits.files:
+                    return True
+                for name in names:
+                    with contextlib.suppress(OSError):
+                        total += os.lstat(os.path.join(folder, name)).st_size
+        except RecursionError:
+            return True
         return total > self.limits.disk_bytes
 
     def close(self) -> None:
         """Kills what is left, reaps, and removes the scratch folder."""
         self.seconds = time.monotonic() - self.started
-        silent = self.process.stdout.closed
-        if silent:  # it ended, or is about to
+        if not self.stopped_for:  # its peer ended, or it closed its pipes: then it is about to end as well
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.5)
-        self.stop("" if self.process.poll() is not None else "timeout" if silent else "stopped")
+        ended, silent = self.process.poll() is not None, self.process.stdout.closed
+        self.stop("" if ended else "timeout" if silent else "stopped")
         self.process.wait()
         for fd in (*self.reading, *self.writing):
             self.close_fd(fd)
@@ -193,7 +213,7 @@ class Child:
 
     def _remove_scratch(self) -> None:
         if self.scratch:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            remove_folder(self.scratch)
 
 
 def run_children(children: list[Child]) -> list[RunResult]:
@@ -258,10 +278,10 @@ def _name(code: int, stderr: str) -> str:
 
 
 @functools.cache
-def _child_code() -> tuple[Any, Any]:
-    """The code that runs inside, compiled once: (confine, harness)."""
-    here = Path(__file__).parent
-    return tuple(compile((here / name).read_text(), name, "exec", optimize=0) for name in ("confine.py", "harness.py"))
+def _code(name: str) -> Any:
+    """The code of one of this package's modules, compiled once, to be sent into a child."""
+    source = Path(__file__).with_name(f"{name}.py")
+    return compile(source.read_text(encoding="utf-8"), source.name, "exec", optimize=0)
 
 
 @functools.cache

@@ -35,6 +35,15 @@ LIMITS = {
         ("disk_limit", "No space left"),
     ),
 }
+LIMITS["a very deep folder"] = (
+    "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\nwhile True: pass",
+    ("disk_limit", *BUSY),
+)
+LIMITS["a very deep folder, quickly"] = (
+    "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\nraise SystemExit",
+    ("SystemExit", "disk_limit"),
+)
+LIMITS["stops itself"] = ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "timeout")
 REACH = {
     "reads a file outside": ("print(open({secret!r}).read())", ("PermissionError", "FileNotFoundError")),
     "lists a folder outside": ("import os\nos.listdir({outside!r})", ("PermissionError", "FileNotFoundError")),
@@ -50,7 +59,7 @@ REACH = {
     ),
     "deletes everything it can": (
         "import shutil\nshutil.rmtree('/', ignore_errors=True)\nshutil.rmtree({outside!r})",
-        ("PermissionError", "FileNotFoundError", BUSY),
+        ("PermissionError", "FileNotFoundError", *BUSY),
     ),
     "overwrites Python's library": (
         "import os\nopen(os.__file__, 'a').write('#')",
@@ -152,7 +161,7 @@ CHEAT = {
         "        if m is not None: setattr(m, name, lambda *a, **k: True)\n"
         "for f in gc.get_objects():\n    if getattr(f, '__name__', '') in ('check', 'run_tests'): f.__code__ = (lambda *a: 1).__code__\n"
         "def double(n): return 'stolen'",
-        "wrong_answer",
+        ("wrong_answer", "not callable"),
     ),
     "looks for the tests on the stack and in memory": (
         "import sys, gc\ndef double(n):\n    f = sys._getframe()\n    while f:\n"

@@ -1,14 +1,18 @@
 """verify_code: programs are found, run and judged in all three forms of tests."""
 
 import ast
+import asyncio
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
-from areal_jax.rewards import VerifierError, sandbox, verify_code
+from areal_jax.rewards import VerifierError, VerifierPool, sandbox, verify_code
 from areal_jax.rewards.code import extract_program, grade_code
 from areal_jax.rewards.code_tests import Calls, read_tests, same_output, same_value
 
@@ -100,6 +104,15 @@ def test_changes_in_place_are_seen_only_on_request():
     assert grade(thief, weak)["reward"] == 0.0
 
 
+def test_helpers_of_the_prompt_are_the_tests_own():
+    starter = 'def square(x):\n    return x * x\n\ndef root(x):\n    """The square root of x."""\n'
+    tests = "def check(candidate):\n    assert square(candidate(9)) == 9\n"
+    options = {"entry_point": "root", "starter": starter}
+    assert grade("    return 3\n", tests, **options)["reward"] == 1.0
+    cheat = "```python\ndef square(x):\n    return 9\ndef root(x):\n    return 0\n```"
+    assert grade(cheat, tests, **options)["reward"] == 0.0
+
+
 def test_the_reward_may_be_the_fraction_of_tests():
     tests = ["assert add(1, 2) == 3", "assert add(0, 2) == 3", "assert add(2, 2) == 4", "assert add(1, 1) == 3"]
     graded = grade(ADD, tests, reward="fraction")
@@ -154,6 +167,23 @@ def test_where_there_is_no_sandbox_nothing_is_run(monkeypatch):
     monkeypatch.setattr(sandbox, "works", lambda isolation: "forbidden here")
     with pytest.raises(VerifierError, match="install bubblewrap"):
         verify_code(ADD, ["assert add(1, 2) == 3"])
+
+
+def test_programs_under_test_die_with_the_worker_that_runs_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fields = {"completion": "import time\ntime.sleep(999)", "tests": SUM_TESTS, **OPTIONS, "wall_seconds": 600.0}
+
+    async def main():
+        pool = VerifierPool(1, 900.0)
+        await pool.start()
+        call = asyncio.create_task(pool.submit("areal_jax.rewards.grade_code", fields))
+        while len(running := psutil.Process().children(recursive=True)) < 2:
+            await asyncio.sleep(0.01)
+        await pool.close()
+        return await call, psutil.wait_procs(running, 10)[1]
+
+    outcome, alive = asyncio.run(main())
+    assert outcome.kind == "crash" and not alive and not os.listdir(tmp_path)
 
 
 # --- Extraction and comparison -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ def check(candidate):
     assert candidate(4) == 8
     assert abs(candidate(5) - 10) < 1e-6
 """
-FAST = {"cpu_seconds": 1, "wall_seconds": 4.0, "memory_bytes": 512 << 20}
+FAST = {"cpu_seconds": 1, "wall_seconds": 30.0, "memory_bytes": 512 << 20}
 ISOLATIONS = [kind for kind in ("bwrap", "landlock") if not sandbox.works(kind)]
 ATTACKS = hostile.LIMITS | hostile.REACH | hostile.CHEAT
 ALWAYS = (
@@ -52,6 +53,11 @@ def surroundings(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["secret"]
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("scratch")))
+
+
 def children() -> list[str]:
     return [" ".join(child.cmdline())[:80] for child in psutil.Process().children(recursive=True)]
 
@@ -61,11 +67,12 @@ def children() -> list[str]:
 def test_attack(attack, isolation, surroundings):
     program, reasons = ATTACKS[attack]
     program = program.format(**surroundings)
-    before = children()
-    grade = grade_code(f"```python\n{program}\n```", TESTS, entry_point="double", isolation=isolation, **FAST)
+    before, scratch = children(), sorted(os.listdir(tempfile.gettempdir()))
+    options = FAST | {"isolation": isolation, "wall_seconds": 2.0 if reasons == "timeout" else FAST["wall_seconds"]}
+    grade = grade_code(f"```python\n{program}\n```", TESTS, entry_point="double", **options)
     assert grade["reward"] == grade["accuracy"] == 0.0
     assert any(reason in grade["reason"] for reason in ([reasons] if isinstance(reasons, str) else reasons)), grade
-    assert children() == before
+    assert children() == before and sorted(os.listdir(tempfile.gettempdir())) == scratch
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
