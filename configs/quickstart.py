@@ -1,0 +1,38 @@
+"""Asynchronous RL that learns while you watch, on any machine with two cores and Python.
+
+Command:   bash launch/quickstart.sh
+Hardware:  2 CPU cores, 4 GB of memory, no GPU
+Task:      sums of two to eight digits with visible steps, from a checkpoint that tools/make_toy_checkpoint.py made
+"""
+
+from pathlib import Path
+
+from areal_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    c.name = "quick start"
+    c.model = str(Path(__file__).resolve().parent / "toy")
+
+    c.data.train = "arithmetic:count=100000,seed=1,min_terms=2,max_terms=8"
+    c.data.eval = "arithmetic:count=256,seed=2,min_terms=2,max_terms=8"
+
+    c.controller.batch_size = 32
+    c.controller.group_size = 8
+    c.controller.max_staleness = 4
+
+    c.rollout.slots = 64
+    c.rollout.max_length = 80
+    c.rollout.max_new_tokens = 64
+    c.rollout.steps_per_dispatch = 8
+
+    c.trainer.steps = 100
+    c.trainer.proximal = "fused"  # exact and free with one minibatch
+    c.trainer.row_length = 128
+    c.trainer.rows = 32
+    c.trainer.learning_rate = 1e-4
+    c.trainer.warmup_steps = 5
+    c.trainer.weight_decay = 0.0
+    c.trainer.beta2 = 0.99
+    return c
