@@ -52,11 +52,20 @@ def math(source: Record) -> Record:
     return {"prompt": problem, "answer": str(answer), **rest}
 
 
-FORMATS: dict[str, Callable[[Record], Record]] = {"gsm8k": gsm8k, "math": math, "prompt_answer": prompt_answer}
+def formats() -> dict[str, Callable[[Record], Record]]:
+    """Every format by name."""
+    from areal_jax.data import code_formats as code
+
+    programs = (code.humaneval, code.mbpp, code.taco, code.deepcoder, code.livecodebench)
+    return {function.__name__: function for function in (gsm8k, math, prompt_answer, *programs)}
 
 
 def detect(source: Record) -> str:
     """The name of the format that `source`'s fields show; raises `BadRecord` when none fits."""
+    from areal_jax.data.code_formats import detect_code
+
+    if (name := detect_code(source)) is not None:
+        return name
     if "problem" in source and ("solution" in source or "answer" in source):
         return "math"
     if "question" in source and "####" in str(source.get("answer", "")):
@@ -65,7 +74,7 @@ def detect(source: Record) -> str:
         return "prompt_answer"
     raise BadRecord(
         f"its fields {sorted(source)} fit no known format; expected 'prompt' or 'messages' (with 'answer'), GSM8K's "
-        f"'question' and 'answer', or MATH's 'problem' and 'solution'"
+        f"'question' and 'answer', MATH's 'problem' and 'solution', or those of a data set of programs"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from areal_jax.data import arithmetic
 from areal_jax.data.config import DataConfig
-from areal_jax.data.formats import FORMATS, BadRecord, Record, detect
+from areal_jax.data.formats import BadRecord, Record, detect, formats
 
 
 class DataError(ValueError):
@@ -48,19 +48,20 @@ def load_dataset(spec: str, config: DataConfig | None = None) -> Dataset:
             return Dataset(spec, arithmetic.parse_spec(spec))
         except ValueError as error:
             raise DataError(str(error)) from None
-    if config.format != "auto" and config.format not in FORMATS:
-        raise DataError(f"data.format '{config.format}' is unknown; it is one of auto, {', '.join(sorted(FORMATS))}")
+    known = formats()
+    if config.format != "auto" and config.format not in known:
+        raise DataError(f"data.format '{config.format}' is unknown; it is one of auto, {', '.join(sorted(known))}")
     if not os.path.exists(spec):
         raise DataError(f"the data set '{spec}' does not exist")
 
-    records, skipped, convert = [], [], FORMATS.get(config.format)
+    records, skipped, convert = [], [], known.get(config.format)
     for place, source in _read(spec):
         try:
             if isinstance(source, str):
                 raise BadRecord(source)
             if not isinstance(source, dict):
                 raise BadRecord(f"it is a {type(source).__name__}, not an object with fields")
-            convert = convert or FORMATS[detect(source)]
+            convert = convert or known[detect(source)]
             records.append(convert(source))
         except BadRecord as error:
             if config.bad_record != "skip":

@@ -1,0 +1,37 @@
+import json
+
+from areal_jax.data import check
+
+
+def write(path, *records):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return str(path)
+
+
+def test_the_report_counts_bad_records_duplicates_and_lengths(tmp_path, capsys):
+    problem = {"prompt": "1+1?", "answer": "2"}
+    path = write(tmp_path / "a.jsonl", problem, problem, {"prompt": "a longer one", "answer": "3"}, '{"prompt"')
+    assert check.main([path, "--json", str(tmp_path / "out.json")]) == 1
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["records"], report["bad"], report["duplicate_prompts"]) == (3, 1, 1)
+    assert report["prompt_lengths"] == {"min": 4, "50%": 4, "90%": 12, "99%": 12, "max": 12}
+    assert "a.jsonl:4" in report["bad_places"][0] and "a.jsonl:4" in capsys.readouterr().out
+
+
+def test_gold_answers_are_given_to_the_verifier(tmp_path, capsys):
+    good = [{"prompt": f"{i}?", "answer": a} for i, a in enumerate(["12", "1,200", r"\frac{1}{2}", "-0.5"])]
+    assert check.main([write(tmp_path / "a.jsonl", *good), "--verify", "--processes", "1"]) == 0
+    assert "gold answers: 4 of 4 accepted" in capsys.readouterr().out
+
+
+def test_a_refused_gold_answer_is_named(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "not a number"})
+    arguments = [path, "--verify", "--processes", "1", "--verifier_args", '{"mode": "last_number"}']
+    assert check.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "1 of 2 accepted" in out and "record 1: exception" in out
+
+
+def test_data_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    assert check.main([str(tmp_path / "none.jsonl")]) == 2
+    assert capsys.readouterr().err.startswith("check: the data set")
