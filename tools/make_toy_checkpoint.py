@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=3, help="of 32: vLLM's CPU build has no smaller ones")
     parser.add_argument("--max-terms", type=int, default=8)
     parser.add_argument("--careless", type=float, default=0.75, help="how often the teacher forgets to carry")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rows", type=int, default=22, help="packed rows per step")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--held-out", type=int, default=256, help="problems to measure on")

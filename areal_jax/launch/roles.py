@@ -38,7 +38,7 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
         roles.append(role("rewards", name, ["--index", str(i)], no_gpu, restarts=restarts, peers="rewards"))
     leaders = []
     for i in range(config["trainer"]["processes"]):
-        name = "trainer" if config["trainer"]["processes"] == 1 else f"trainer-{i}"
+        name = f"trainer-{i}"
         leaders.append(name)
         extra = gpus.trainer(i) | launch["trainer_env"]
         # Several JAX processes are one program: when one dies the others cannot go on, so none is restarted alone.

@@ -48,11 +48,11 @@ class Snapshot:
 
 def snapshot(rows: Sequence[Mapping[str, Any]], status: Mapping[str, Any], config: Mapping[str, Any]) -> Snapshot:
     """The newest state from the lines of metrics.jsonl and `Status.data` (empty before the controller answers)."""
-    last = rows[-1] if rows else {}
+    last = next((row for row in reversed(rows) if "reward/mean" in row), {})  # not one with an evaluation alone
     series = [value for row in rows if (value := first(row, "reward/accuracy", "reward/mean")) is not None]
     held_out = [(row["step"], row["eval/accuracy"]) for row in rows if number(row.get("eval/accuracy")) is not None]
     return Snapshot(
-        step=int(last.get("step", 0)) if rows else int(status.get("version") or 0),
+        step=int(last.get("step", 0)),
         steps=config["trainer"]["steps"],
         accuracy=series,
         reward=first(last, "reward/mean"),

@@ -52,8 +52,7 @@ class LineView(NoView):
         super().__init__(config, workdir)
         self._status = StatusPoller(workdir, config["metrics"]["refresh_seconds"])
         self._started = self._spoken = time.monotonic()
-        self._shown = len(read_metrics(workdir))
-        self._evaluated = 0
+        self._shown = {line for row in read_metrics(workdir) for line in _kinds(row)}  # by an earlier start
 
     def __enter__(self) -> LineView:
         self._status.start()
@@ -66,20 +65,32 @@ class LineView(NoView):
 
     def tick(self) -> None:
         rows, now = read_metrics(self._workdir), time.monotonic()
-        for count in range(self._shown + 1, len(rows) + 1):
-            state = snapshot(rows[:count], self._status.data, self._config)
-            print(step_line(state, now - self._started), flush=True)
-            self._spoken = now
-        self._shown = len(rows)
+        for count, row in enumerate(rows, 1):
+            for kind in _kinds(row):
+                if kind in self._shown:
+                    continue
+                if kind[0] == "held-out":
+                    text = f"held-out accuracy {row['eval/accuracy']:.1%} with version {row['step']}"
+                else:
+                    text = step_line(snapshot(rows[:count], self._status.data, self._config))
+                print(f"{now - self._started:6.0f} s  {text}", flush=True)
+                self._shown.add(kind)
+                self._spoken = now
         if now - self._spoken >= QUIET_SECONDS:
             state = snapshot(rows, self._status.data, self._config)
             print(f"{now - self._started:6.0f} s  {activity(state)}", flush=True)
             self._spoken = now
 
 
-def step_line(state: Snapshot, seconds: float) -> str:
+def _kinds(row: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """What a row of metrics has to say: ("step", n), ("held-out", n), or both."""
+    found = {"step": "reward/mean", "held-out": "eval/accuracy"}
+    return [(kind, row["step"]) for kind, name in found.items() if name in row]
+
+
+def step_line(state: Snapshot) -> str:
     """One training step in one line."""
-    parts = [f"{seconds:6.0f} s  step {state.step:>{len(str(state.steps))}}/{state.steps}"]
+    parts = [f"step {state.step:>{len(str(state.steps))}}/{state.steps}"]
     if state.accuracy:
         parts.append(f"accuracy {state.accuracy[-1]:6.1%}")
     if state.reward is not None:
@@ -90,8 +101,6 @@ def step_line(state: Snapshot, seconds: float) -> str:
         parts.append(f"generated {state.generated_per_second:,.0f} tokens/s")
     if state.trained_per_second is not None:
         parts.append(f"trained {state.trained_per_second:,.0f} tokens/s")
-    if state.held_out and state.held_out[-1][0] >= state.step - 1:
-        parts.append(f"held-out {state.held_out[-1][1]:.1%}")
     return "  ".join(parts)
 
 

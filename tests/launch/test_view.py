@@ -9,7 +9,8 @@ from areal_jax.launch.view import activity, screen, step_line, words
 
 CONFIG = resolve(default_config())
 ROWS = [
-    {"step": i + 1, "reward/mean": 0.1 * i, "reward/accuracy": 0.1 * i, "staleness/max": i % 3, "staleness/hist": [3, 2, 1],
+    {"step": i + 1, "reward/mean": 0.1 * i, "reward/accuracy": 0.1 * i, "staleness/max": i % 3,
+     "staleness/hist": [3, 2, 1],
      "perf/gen_tokens_per_s": 1000.0 * i, "perf/train_tokens_per_s": 500.0}
     | ({"eval/accuracy": 0.25} if i == 0 else {})
     for i in range(10)
@@ -36,13 +37,13 @@ def test_a_snapshot_gathers_both_sides():
 def test_nothing_known_yet_is_no_error():
     state = snapshots.snapshot([], {}, CONFIG)
     assert activity(state) == "starting"
-    assert "step" in step_line(state, 0.0)
+    assert "step" in step_line(state)
     Console(file=io.StringIO()).print(screen(state, "x", 0.0, []))
 
 
 def test_lines_and_screen_show_the_numbers():
     state = snapshots.snapshot(ROWS, STATUS, CONFIG)
-    line = step_line(state, 61.0)
+    line = step_line(state)
     assert "step  10/100" in line and "accuracy  90.0%" in line and "generated 9,000 tokens/s" in line
     assert activity(state) == "rollout-0 generating, trainer waits for batch"
     text = io.StringIO()
@@ -50,6 +51,23 @@ def test_lines_and_screen_show_the_numbers():
     shown = ("10 of 100", "1:01", "25.0%", "9,000 tokens/s", "waits for batch", "bound 4", "rollout-0 died", "50.0%")
     for expected in shown:
         assert expected in text.getvalue(), expected
+
+
+def test_lines_come_once_each_and_a_late_evaluation_is_not_lost(tmp_path, capsys):
+    from areal_jax.launch.view import LineView
+    from areal_jax.metrics.writers import MetricsWriter
+
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(0, {"eval/accuracy": 0.25})
+        view = LineView(CONFIG, tmp_path)  # a second start: this has been said
+        writer.write(1, {"reward/mean": 0.5, "reward/accuracy": 0.5})
+        writer.write(2, {"reward/mean": 0.7, "reward/accuracy": 0.7})
+        view.tick()
+        writer.write(1, {"eval/accuracy": 0.75})
+        view.tick()
+    lines = [line.partition(" s  ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert [line[:12] for line in lines] == ["step   1/100", "step   2/100", "held-out acc"]
+    assert lines[-1] == "held-out accuracy 75.0% with version 1"
 
 
 def test_histograms_of_different_lengths_add_up():
