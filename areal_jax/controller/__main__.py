@@ -13,7 +13,9 @@ from typing import Any
 from areal_jax import config as configuration
 from areal_jax.controller.config import ControllerConfig
 from areal_jax.controller.core import Core
+from areal_jax.controller.journal import Journal
 from areal_jax.controller.service import Service
+from areal_jax.controller.snapshot import StateError
 from areal_jax.data.config import DataConfig
 from areal_jax.data.readers import DataError, load_dataset
 from areal_jax.transport.errors import TransportError
@@ -50,8 +52,11 @@ def next_incarnation(workdir: Path) -> int:
 
 async def serve(core: Core, config: dict[str, Any], workdir: Path) -> str | None:
     """Serve until the run is over, or SIGTERM or SIGINT asks for an end. Returns the diagnosis of a failed run."""
+    journal = Journal(workdir)
+    if journal.recover(core, time.monotonic()):
+        core.telemetry.note("took over from a controller that was killed", time.monotonic())
     async with Server(core.config.address, "controller", workdir) as server:
-        service = Service(core, server, config["name"])
+        service = Service(core, server, config["name"], journal=journal)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.end, f"the controller got {number.name}")
@@ -66,7 +71,7 @@ def main() -> int:
         config = configuration.load(workdir)
         core = make_core(config, next_incarnation(workdir), time.monotonic())
         diagnosis = asyncio.run(serve(core, config, workdir))
-    except (configuration.ConfigError, DataError, TransportError) as error:
+    except (configuration.ConfigError, DataError, StateError, TransportError) as error:
         print(f"controller: {error}", file=sys.stderr)
         return 2
     if diagnosis:

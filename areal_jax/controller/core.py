@@ -1,93 +1,24 @@
-"""What the controller decides: who generates what, which groups make a batch, who loads which weights.
+"""What the controller decides: messages and the time come in, `Send` and `Stop` actions collect in `outbox`.
 
-No sockets, clock, files or threads: messages and the time come in, `Send` and `Stop` actions collect in `outbox`, and
-the same inputs give the same outputs. `service` puts it on the network.
+No sockets, clock, files or threads, and the same inputs give the same outputs. `service` puts it on the network.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from areal_jax.controller import diagnosis, snapshot
-from areal_jax.controller.buffer import Buffer
 from areal_jax.controller.checks import fault
-from areal_jax.controller.config import ControllerConfig
-from areal_jax.controller.evaluation import Evaluations
-from areal_jax.controller.fleet import Fleet, Slot, Worker
-from areal_jax.controller.ledger import FILTERED, QUARANTINED, Group, Ledger, LedgerError, consume
-from areal_jax.controller.report import Telemetry
-from areal_jax.controller.staleness import admits, capacity, feasible
+from areal_jax.controller.fleet import Slot, Worker
+from areal_jax.controller.ledger import FILTERED, Group, LedgerError, consume
+from areal_jax.controller.scheduling import SUSPECT, Scheduler, Send, Stop
 from areal_jax.transport import messages as m
 
-SUSPECT = 2  # workers that died on a prompt before it is kept apart from other suspects
+__all__ = ["Core", "Send", "Stop"]
 
 
-@dataclass(frozen=True)
-class Send:
-    to: str  # name of a rollout worker
-    message: m.Message
-
-
-@dataclass(frozen=True)
-class Stop:
-    reason: str  # the run cannot go on: end with this diagnosis
-
-
-class Core:
-    """State and decisions of one run. Times are seconds on any clock that does not go back.
-
-    `records` and `eval_records` are indexable by record number. `incarnation` must rise when a controller is started
-    again for the same run: it keeps attempts of former lives apart from new ones.
-    """
-
-    def __init__(
-        self,
-        config: ControllerConfig,
-        records: Sequence[dict[str, Any]],
-        eval_records: Sequence[dict[str, Any]] = (),
-        *,
-        seed: int = 1,
-        rolling: bool = True,
-        update_limit: float = 240.0,
-        stop_on_failure: bool = False,
-        incarnation: int = 0,
-        now: float = 0.0,
-    ):
-        self.config, self.records, self.seed = config, records, seed
-        self.stop_on_failure = stop_on_failure
-        self.version = -1  # newest published
-        self.manifest: m.Manifest | None = None
-        self.next_batch = 0  # the batch that is formed next
-        self.handed: dict[int, m.Batch] = {}  # taken by the trainer, not yet consumed for good
-        self.handed_groups: dict[int, list[Group]] = {}
-        self.ledger = self.new_ledger()
-        self.buffer = Buffer(config.batch_size, config.max_staleness, config.over_age == "wait")
-        self.fleet = Fleet(rolling=rolling, update_limit=update_limit)
-        self.evaluations = Evaluations(eval_records, config.eval_samples_per_prompt, config.max_attempts)
-        self.telemetry = Telemetry(now)
-        self.counters: Counter[str] = Counter()
-        self.failed: Counter[str] = Counter()  # failed attempts by name of the error
-        self.quarantined: deque[str] = deque(maxlen=100)  # the last ones, in words
-        self.outbox: list[Send | Stop] = []
-        self.changed = False  # whether a request that had to wait is worth asking again; whoever asks resets it
-        self.stopped: str | None = None
-        self.finished = False
-        self.progress_at = now
-        self.lives = 0  # times that the run went back to an earlier state
-        self._attempts = incarnation << 32
-        self._filtered_in_a_row = self._quarantined_in_a_row = 0
-        self._tasks: dict[str, list[m.Task]] = {}
-
-    def new_ledger(self) -> Ledger:
-        return Ledger(len(self.records), self.seed, self.config.epochs, self.config.shuffle)
-
-    def take_actions(self) -> list[Send | Stop]:
-        """What is to be done since the last call, in order."""
-        actions, self.outbox = self.outbox, []
-        return actions
+class Core(Scheduler):
+    """The controller without its network: one method for each thing that can happen."""
 
     # --- Rollout workers -------------------------------------------------------------------------------------------
 
@@ -108,7 +39,7 @@ class Core:
         if hello.version != known.version:  # weights newer than ours, or of a former life, are weights the trainer lost
             known.version = hello.version if hello.version <= self.version and not self.lives else -1
         known.heard, known.updating = now, None
-        still = {(group, i) for group, i, attempt in hello.running if self._runs(known, group, i, attempt)}
+        still = {(group, i) for group, i, attempt in hello.running if self._keeps(known, group, i, attempt)}
         self._take_away(known, known.running - still, known.evaluating - still)
         strangers = {(group, sample) for group, sample, _ in hello.running} - still
         if strangers:
@@ -120,18 +51,21 @@ class Core:
             run="", heartbeat_seconds=self.config.heartbeat_seconds, reward_endpoints=self.telemetry.reward_endpoints()
         )
 
-    def _runs(self, worker: Worker, group: int, sample: int, attempt: int) -> bool:
+    def _keeps(self, worker: Worker, group: int, sample: int, attempt: int) -> bool:
+        """Whether `worker` runs this attempt, or may go on with it."""
         if group < 0:
             return self.evaluations.runs((group, sample), worker.name, attempt)
         known = self.ledger.open.get(group)
         if known is None or not 0 <= sample < len(known.samples):
             return False
-        return known.samples[sample].worker == worker.name and known.samples[sample].attempt == attempt
+        if (group, sample) not in worker.running and self.ledger.reclaim(known, sample, worker.name, attempt):
+            worker.running.add((group, sample))
+        return (group, sample) in worker.running and known.samples[sample].attempt == attempt
 
-    def _take_away(self, worker: Worker, training: set[Slot], evaluating: set[Slot]) -> None:
+    def _take_away(self, worker: Worker, training: set[Slot], evaluating: set[Slot], claimable: bool = False) -> None:
         """`worker` does not run these (any more): they are queued again."""
         for number, i in training:
-            self.ledger.unassign(self.ledger.open[number], i)
+            self.ledger.unassign(self.ledger.open[number], i, claimable=claimable)
         worker.running -= training
         self.evaluations.lost(evaluating)
         worker.evaluating -= evaluating
@@ -140,7 +74,7 @@ class Core:
         """`name` cannot be sent to: it must say hello again, and what it ran goes to others."""
         self.telemetry.gone(name)
         if name in self.fleet.workers:
-            self._lose(name, now, died=False, why="does not take messages")
+            self._lose(name, now, died=False, claimable=True, why="does not take messages")
             self._schedule(now)
 
     def alive(self, role: str) -> bool:
@@ -244,6 +178,7 @@ class Core:
             return
         self._filtered_in_a_row = 0
         self.buffer.add(group)
+        self.just_finished.append(group)
         if self.next_batch - group.oldest > self.config.max_staleness:
             self._drop([group])
 
@@ -265,14 +200,14 @@ class Core:
                 f"sample succeeded in between; the last error: {error}: {detail}"
             )
 
-    def _lose(self, name: str, now: float, *, died: bool, why: str) -> None:
+    def _lose(self, name: str, now: float, *, died: bool, why: str, claimable: bool = False) -> None:
         """Worker `name` is gone; its samples are queued again, and a prompt that keeps killing workers is put away."""
         worker = self.fleet.workers.pop(name)
         self.counters["workers_died" if died else "workers_left"] += 1
         self.telemetry.note(f"{name} {why}, with {worker.load} samples", now)
         groups = {number: self.ledger.open[number] for number, _ in sorted(worker.running)}
         suspects = [group for group in groups.values() if group.prompt.deaths >= SUSPECT]
-        self._take_away(worker, set(worker.running), set(worker.evaluating))
+        self._take_away(worker, set(worker.running), set(worker.evaluating), claimable)
         if died:
             for group in groups.values():
                 group.prompt.deaths += 1
@@ -281,139 +216,6 @@ class Core:
                 group.prompt.lonely_deaths += 1
                 if group.prompt.lonely_deaths >= self.config.max_attempts:
                     self._quarantine(group, f"{group.prompt.deaths} rollout workers died while they ran it")
-
-    # --- Scheduling ------------------------------------------------------------------------------------------------
-
-    @property
-    def count(self) -> int:
-        """Groups in the count of the gate: consumed, finished and running ones."""
-        return self.next_batch * self.config.batch_size + len(self.buffer) + len(self.ledger.open)
-
-    @property
-    def capacity(self) -> int:
-        """Groups that the gate would let in now."""
-        running = len(self.ledger.open)
-        return capacity(
-            max_concurrent=self.config.max_concurrent,
-            batch_size=self.config.batch_size,
-            eta=self.config.max_staleness,
-            version=self.version,
-            accepted=self.count - running,
-            running=running,
-        )
-
-    def _schedule(self, now: float) -> None:
-        """Do whatever can be done now: weights first, then evaluation, old groups, new groups."""
-        self.changed = True
-        if self.stopped or self.finished:
-            return
-        self._update_weights(now)
-        for worker, task in self.evaluations.assign(self.fleet, self._next_attempt):
-            self._tasks.setdefault(worker.name, []).append(task)
-        for number, i in sorted(self.ledger.queued):
-            group = self.ledger.open[number]
-            if group.samples[i].not_before <= now and (worker := self._pick(group)):
-                self._assign(group, i, worker)
-        while self.capacity > 0 and not self.ledger.exhausted():
-            position = self.count + 1
-            if not any(self._admits(worker, position) for worker in self.fleet.suitable(self.fleet)):
-                break
-            group = self.ledger.submit(position, self.config.group_size)
-            for i in range(len(group.samples)):
-                if worker := self._pick(group):
-                    self._assign(group, i, worker)
-        for name, tasks in self._tasks.items():
-            self.send(name, m.Assign(tasks=tasks))
-        self._tasks = {}
-
-    def _admits(self, worker: Worker, position: int) -> bool:
-        return admits(
-            position=position,
-            batch_size=self.config.batch_size,
-            eta=self.config.max_staleness,
-            weights=worker.version,
-        )
-
-    def _pick(self, group: Group) -> Worker | None:
-        """Who runs the next sample of `group`: the worker that has its others, else the emptiest that may."""
-        holders = {sample.worker for sample in group.samples if sample.worker}
-        ready = self.fleet.suitable(self.fleet)
-        ready.sort(key=lambda worker: worker.name not in holders)
-        return next((worker for worker in ready if self._may_run(worker, group)), None)
-
-    def _may_run(self, worker: Worker, group: Group) -> bool:
-        if not self._admits(worker, group.position):
-            return False
-        if group.prompt.deaths >= SUSPECT:
-            others = {number for number, _ in worker.running if number != group.number}
-            if any(self.ledger.open[number].prompt.deaths >= SUSPECT for number in others):
-                return False
-        oldest = self.version if group.oldest is None else group.oldest
-        if self.buffer.wait and worker.version < oldest:
-            waiting = [*self.buffer.groups.values(), *self.ledger.open.values()]
-            versions = [g.oldest for g in waiting if g is not group and g.oldest is not None]
-            deadlines = [version + self.config.max_staleness for version in (*versions, worker.version)]
-            return feasible(deadlines, batch_size=self.config.batch_size, step=self.next_batch)
-        return True
-
-    def _assign(self, group: Group, i: int, worker: Worker) -> None:
-        attempt = self._next_attempt()
-        self.ledger.assign(group, i, worker.name, worker.version, attempt)
-        worker.running.add((group.number, i))
-        record = self.records[group.prompt.index]
-        self._tasks.setdefault(worker.name, []).append(
-            m.Task(group=group.number, sample=i, record=record, attempt=attempt)
-        )
-
-    def _next_attempt(self) -> int:
-        self._attempts += 1
-        return self._attempts
-
-    def _update_weights(self, now: float) -> None:
-        held, behind = self.evaluations.pins(self.fleet, now)
-        for worker in behind:
-            self._update(worker, self.evaluations.manifest, now)
-        for worker in self.fleet.to_update(self.manifest, held, now):
-            self._update(worker, self.manifest, now)
-
-    def _update(self, worker: Worker, manifest: m.Manifest, now: float) -> None:
-        worker.updating, worker.updating_to, worker.updating_since = manifest.version, manifest.published_at, now
-        self.send(worker.name, m.UpdateWeights(manifest=manifest))
-
-    def send(self, name: str, message: m.Message) -> None:
-        """Have `message` sent to `name`."""
-        self.outbox.append(Send(name, message))
-
-    # --- Groups that leave the count -------------------------------------------------------------------------------
-
-    def cancel(self, group: Group) -> None:
-        """Stop whoever still works on `group`, and take it out of the count."""
-        for i, sample in enumerate(group.samples):
-            if sample.worker and (worker := self.fleet.workers.get(sample.worker)):
-                worker.running.discard((group.number, i))
-                self.send(worker.name, m.Cancel(tasks=[(group.number, i)]))
-        self.ledger.close(group)
-        self.buffer.groups.pop(group.number, None)
-
-    def _drop(self, groups: Sequence[Group]) -> None:
-        """These can be in no batch any more without exceeding the bound: their prompts are queued again."""
-        for group in sorted(groups, key=lambda group: -group.number):
-            self.cancel(group)
-            self.ledger.again.appendleft(group.prompt)
-            self.counters["dropped_stale"] += 1
-            self.counters["dropped_stale_samples"] += sum(s.trajectories is not None for s in group.samples)
-
-    def _quarantine(self, group: Group, why: str) -> None:
-        self.cancel(group)
-        self.ledger.end(group.prompt, QUARANTINED)
-        self.counters["quarantined"] += 1
-        self.quarantined.append(f"record {group.prompt.index} (epoch {group.prompt.epoch}): {why}")
-
-    def _expire(self) -> None:
-        """Drop every group, finished or not, that the next batch could not hold."""
-        bound = self.next_batch - self.config.max_staleness
-        waiting = [*self.buffer.groups.values(), *self.ledger.open.values()]
-        self._drop([group for group in waiting if group.oldest is not None and group.oldest < bound])
 
     # --- The trainer -----------------------------------------------------------------------------------------------
 
@@ -472,6 +274,9 @@ class Core:
             self.telemetry.consumed(self.version, groups)
         elif version == 0 < self.version:  # the trainer was started again, before there was a checkpoint
             snapshot.begin_again(self, self.new_ledger(), 0)
+            for counts in (self.counters, self.failed, self.telemetry.lags, self.telemetry.token_lags):
+                counts.clear()
+            self.next_batch = version
         elif version != self.version:
             why = "its batch was not taken" if follows else "send SetState with that checkpoint's state first"
             return m.Refused(reason=f"version {version} cannot follow version {self.version}: {why}")
@@ -528,23 +333,10 @@ class Core:
             return
         for party in self.telemetry.silent(now, self.config.heartbeat_limit):
             if party.name in self.fleet.workers:
-                self._lose(party.name, now, died=True, why=f"was silent for {now - party.heard:.0f} s")
+                self._lose(party.name, now, died=True, claimable=True, why=f"was silent for {now - party.heard:.0f} s")
         self._schedule(now)
         if now - self.progress_at > self.config.progress_limit:
             self.stop(
                 f"no sample finished and no batch was taken for {now - self.progress_at:.0f} s "
                 f"(controller.progress_limit); waiting for {diagnosis.waiting_for(self, now)}"
             )
-
-    def stop(self, reason: str) -> None:
-        """End the run with a diagnosis."""
-        if self.stopped is None:
-            self.stopped = reason
-            self.shutdown(reason)
-            self.outbox.append(Stop(reason))
-
-    def shutdown(self, reason: str) -> None:
-        """Ask every rollout worker and reward service to end."""
-        for party in self.telemetry.parties.values():
-            if party.role in ("rollout", "rewards"):
-                self.send(party.name, m.Shutdown(reason=reason))

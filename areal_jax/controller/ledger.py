@@ -44,6 +44,7 @@ class Sample:
     worker: str | None = None  # who runs it
     weights: int = -1  # version of that worker when it was assigned
     not_before: float = 0.0  # a failed one is tried again after a pause
+    claim: tuple[str, int] | None = None  # queued, but (worker, its weights) may come back and still run this attempt
     trajectories: list[Trajectory] | None = None  # when it is done
     oldest: int = -1  # among its tokens, when it is done
 
@@ -134,13 +135,27 @@ class Ledger:
         """`worker`, which has version `weights`, runs sample `i` from now on, as attempt `attempt`."""
         sample = group.samples[i]
         self.queued.remove((group.number, i))
-        sample.attempt, sample.worker, sample.weights = attempt, worker, weights
+        sample.attempt, sample.worker, sample.weights, sample.claim = attempt, worker, weights, None
 
-    def unassign(self, group: Group, i: int, not_before: float = 0.0) -> None:
-        """Nobody runs sample `i` any more: it is tried again, not earlier than `not_before`."""
+    def unassign(self, group: Group, i: int, not_before: float = 0.0, claimable: bool = False) -> None:
+        """Nobody runs sample `i` any more: it is tried again, not earlier than `not_before`.
+
+        If `claimable`, the worker may have it back when it returns with it before somebody else has got it.
+        """
         sample = group.samples[i]
+        sample.claim = (sample.worker, sample.weights) if claimable else None
         sample.worker, sample.weights, sample.not_before = None, -1, not_before
         self.queued.add((group.number, i))
+
+    def reclaim(self, group: Group, i: int, worker: str, attempt: int) -> bool:
+        """`worker` says that it still runs `attempt` of sample `i`: whether it may go on with it."""
+        sample = group.samples[i]
+        if sample.claim is None or sample.claim[0] != worker or sample.attempt != attempt:
+            return False
+        self.queued.remove((group.number, i))
+        sample.worker, sample.weights = sample.claim
+        sample.claim = None
+        return True
 
     def deliver(self, group: Group, i: int, trajectories: list[Trajectory]) -> bool:
         """Sample `i` is done; True when that finishes its group, which is then no longer open."""

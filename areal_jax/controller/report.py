@@ -48,7 +48,8 @@ class Telemetry:
         self.received_samples = self.received_tokens = 0
         self._began: float | None = None  # the first batch was taken
         self._clock: Counter[str] = Counter()  # rollout seconds by phase since then
-        self._window: dict[str, Any] | None = None  # as of the last published version
+        self._window: dict[str, Any] = {"seconds": 0.0, "tokens": 0.0, "clock": {}}  # as of the last published version
+        self._before = self._window  # the windows of controllers that were killed, added up
         self._last: Counter[str] = Counter()  # counters at the last batch
         self._last_at = now
         self._tokens_at_last = 0.0
@@ -156,6 +157,35 @@ class Telemetry:
         self._last, self._last_at, self._tokens_at_last = now_counts, now, self._tokens()
         return report
 
+    def save(self) -> dict[str, dict[str, float]]:
+        """What the next controller must know, should this one be killed."""
+        window = self._whole_window()
+        return {
+            "generated": dict(self.generated),
+            "received": {"samples": self.received_samples, "tokens": self.received_tokens},
+            "window": {"seconds": window["seconds"], "tokens": window["tokens"]},
+            "clock": window["clock"],
+        }
+
+    def load(self, saved: dict[str, dict[str, float]]) -> None:
+        """Take over what `save` gave; the time in between is not counted."""
+        self.generated = Counter(saved["generated"])
+        self.received_samples = int(saved["received"]["samples"])
+        self.received_tokens = int(saved["received"]["tokens"])
+        self._before = {**saved["window"], "clock": saved["clock"]}
+        self._tokens_at_last = self._tokens()
+
+    def _whole_window(self) -> dict[str, Any]:
+        """Seconds, tokens and rollout clock from the first batch taken to the last version published."""
+        now, before = self._window, self._before
+        clock = Counter(before["clock"])
+        clock.update(now["clock"])
+        return {
+            "seconds": before["seconds"] + now["seconds"],
+            "tokens": before["tokens"] + now["tokens"],
+            "clock": dict(clock),
+        }
+
     # --- Status and final report -----------------------------------------------------------------------------------
 
     def totals(self, core: Core) -> dict[str, Any]:
@@ -183,7 +213,7 @@ class Telemetry:
 
     def final(self, core: Core, now: float) -> dict[str, Any]:
         """Idle share and throughput of the rollout side are those between the first and the last training step."""
-        window = self._window or {"seconds": 0.0, "clock": {}, "tokens": 0.0}
+        window = self._whole_window()
         return self.totals(core) | {
             "rollout_idle_fraction": idle_fraction(window["clock"]),
             "rollout_seconds": window["clock"],

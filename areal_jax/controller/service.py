@@ -9,21 +9,32 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_jax.controller.core import Core, Send, Stop
+from areal_jax.controller.journal import Journal
 from areal_jax.transport import messages as m
 from areal_jax.transport.sockets import HELLO_FIRST, Peer, Server
 
 LONG_POLL = 1.0  # seconds a request may wait for its answer before `NotReady`
+JOURNAL_EVERY = 1.0  # seconds of work that a killed controller may cost
 LAST_WORDS = 5.0  # seconds after the end in which others still get answers
 
 
 class Service:
     """Runs `core` behind `server` until the run is over, has failed, or `end` is called.
 
-    Long-poll requests (GetBatch, Evaluate) are held for a second and answered at once when there is something.
+    With a `journal`, what must survive this process is written before anyone is told. GetBatch and Evaluate are held
+    for a second, and answered at once when there is something.
     """
 
-    def __init__(self, core: Core, server: Server, run: str, clock: Callable[[], float] = time.monotonic):
-        self.core, self.server, self._run, self._clock = core, server, run, clock
+    def __init__(
+        self,
+        core: Core,
+        server: Server,
+        run: str,
+        clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
+    ):
+        self.core, self.server, self._run, self._clock, self._journal = core, server, run, clock, journal
+        self._journaled_at, self._dirty = clock(), False
         self._peers: dict[str, Peer] = {}  # where each role is reached
         self._names: dict[Peer, str] = {}
         self._replaced: deque[Peer] = deque(maxlen=256)  # rollout workers whose name another process has taken
@@ -92,16 +103,22 @@ class Service:
                 return reply
             case m.Publish():
                 core.heard(peer.name, now)
-                return core.publish(message.manifest, now)
+                reply = core.publish(message.manifest, now)
+                self._write_journal(now)
+                return reply
             case m.GetState():
                 return core.get_state(message.version)
             case m.SetState():
-                return core.set_state(message, now)
+                reply = core.set_state(message, now)
+                self._write_journal(now)
+                return reply
             case m.GetStatus():
                 return m.Status(data=core.status(now) | self._sockets())
             case m.Finish():
                 report = core.finish(now) | self._sockets()
                 self._end_at = self._end_at or now + LAST_WORDS
+                if self._journal is not None:
+                    self._journal.remove()
                 return m.Status(data=report)
         return m.Refused(reason=f"the controller does not take {type(message).__name__}")
 
@@ -144,7 +161,11 @@ class Service:
 
     def _ask(self, message: m.GetBatch | m.Evaluate, now: float) -> m.Message:
         if isinstance(message, m.GetBatch):
-            return self.core.get_batch(message.version, now)
+            fresh = message.version not in self.core.handed
+            reply = self.core.get_batch(message.version, now)
+            if fresh and isinstance(reply, m.Batch):
+                self._write_journal(now)
+            return reply
         return self.core.evaluate(message.version, now)
 
     async def _act(self) -> None:
@@ -160,13 +181,29 @@ class Service:
                 self._waiting.append((peer, message, deadline))
             else:
                 await self.server.send(peer, reply)
+        self._dirty |= self.core.changed
         self.core.changed = False
+        self._spool()
+        if self._dirty and now - self._journaled_at > JOURNAL_EVERY:
+            self._write_journal(now)
         while actions := self.core.take_actions():
             for action in actions:
                 if isinstance(action, Stop):
                     self._end_at = self._end_at or now + LAST_WORDS
                 elif isinstance(action, Send):
                     await self._send(action, now)
+
+    def _write_journal(self, now: float) -> None:
+        self._spool()
+        if self._journal is not None and not self.core.finished:
+            self._journal.write(self.core)
+        self._journaled_at, self._dirty = now, False
+
+    def _spool(self) -> None:
+        finished, self.core.just_finished = self.core.just_finished, []
+        if self._journal is not None:
+            for group in finished:
+                self._journal.spool(group)
 
     async def _send(self, action: Send, now: float) -> None:
         message = action.message

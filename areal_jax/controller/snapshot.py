@@ -8,7 +8,7 @@ numbers). Batches that the trainer has taken but not finished are finished group
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -29,10 +29,13 @@ class StateError(ValueError):
 class PromptState(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
     index: int
-    number: int
+    number: int  # of its group; -1: none yet
     failures: int = 0
     deaths: int = 0
     lonely_deaths: int = 0
+
+    def names(self, prompt: Prompt) -> bool:
+        return (self.epoch, self.index) == prompt.key
 
 
 class FinishedState(msgspec.Struct, frozen=True, array_like=True):
@@ -40,9 +43,9 @@ class FinishedState(msgspec.Struct, frozen=True, array_like=True):
     samples: list[list[Trajectory]]
 
 
-class CoreState(msgspec.Struct, frozen=True):
-    format: int
-    version: int
+class LedgerState(msgspec.Struct, frozen=True):
+    """The accounts: small, and without trajectories."""
+
     size: int
     seed: int
     shuffle: bool
@@ -52,8 +55,7 @@ class CoreState(msgspec.Struct, frozen=True):
     fate: dict[int, bytes]
     totals: dict[str, int]
     epochs_done: list[dict[str, int]]
-    queued: list[PromptState]  # to be submitted, in this order, before any new prompt
-    finished: list[FinishedState]
+    again: list[PromptState]  # to be submitted, in this order, before any new prompt
     counters: dict[str, int]
     failed: dict[str, int]
     quarantined: list[str]
@@ -61,13 +63,22 @@ class CoreState(msgspec.Struct, frozen=True):
     token_lags: dict[int, int]
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=encode_hook)
-_decoder = msgspec.msgpack.Decoder(CoreState, dec_hook=decode_hook)
+class CoreState(msgspec.Struct, frozen=True):
+    format: int
+    version: int
+    ledger: LedgerState
+    inflight: list[PromptState]
+    finished: list[FinishedState]
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=encode_hook).encode
+decode_finished = msgspec.msgpack.Decoder(FinishedState, dec_hook=decode_hook).decode
+_decode = msgspec.msgpack.Decoder(CoreState, dec_hook=decode_hook).decode
 
 
 def save(core: Core, version: int) -> bytes:
     """The state of training step `version`: batches before it are consumed, later ones are not."""
-    ledger = copy_ledger(core.ledger)
+    ledger = _copy(core.ledger)
     counters = Counter(core.counters)
     lags, token_lags = Counter(core.telemetry.lags), Counter(core.telemetry.token_lags)
     finished = list(core.buffer.groups.values())
@@ -77,10 +88,22 @@ def save(core: Core, version: int) -> bytes:
             count_lags(number, groups, lags, token_lags)
         else:
             finished += groups
-    inflight = [_prompt(group.prompt, group.number) for _, group in sorted(ledger.open.items())]
+    finished.sort(key=lambda group: group.number)
     state = CoreState(
         format=FORMAT,
         version=version,
+        ledger=describe(core, ledger, counters, lags, token_lags),
+        inflight=[prompt_state(group.prompt, group.number) for _, group in sorted(ledger.open.items())],
+        finished=[finished_state(group) for group in finished],
+    )
+    return encode(state)
+
+
+def describe(
+    core: Core, ledger: Ledger, counters: Counter[str], lags: Counter[int], token_lags: Counter[int]
+) -> LedgerState:
+    """The accounts of `core`, with these in place of its own."""
+    return LedgerState(
         size=ledger.size,
         seed=ledger.seed,
         shuffle=ledger.shuffle,
@@ -90,40 +113,33 @@ def save(core: Core, version: int) -> bytes:
         fate={epoch: bytes(fate) for epoch, fate in ledger.fate.items()},
         totals=dict(ledger.totals),
         epochs_done=ledger.epochs_done,
-        queued=sorted(
-            inflight + [_prompt(prompt, prompt.number) for prompt in ledger.again if prompt.number >= 0],
-            key=lambda prompt: prompt.number,
-        )
-        + [_prompt(prompt, -1) for prompt in ledger.again if prompt.number < 0],
-        finished=[
-            FinishedState(_prompt(group.prompt, group.number), [sample.trajectories for sample in group.samples])
-            for group in sorted(finished, key=lambda group: group.number)
-        ],
+        again=[prompt_state(prompt, prompt.number) for prompt in ledger.again],
         counters=dict(counters),
         failed=dict(core.failed),
         quarantined=list(core.quarantined),
         lags=dict(lags),
         token_lags=dict(token_lags),
     )
-    return _encoder.encode(state)
 
 
-def copy_ledger(ledger: Ledger) -> Ledger:
-    """A copy whose accounts can be changed; groups and prompts are shared."""
-    return Ledger(
-        ledger.size,
-        ledger.seed,
-        ledger.epochs,
-        ledger.shuffle,
-        epoch=ledger.epoch,
-        cursor=ledger.cursor,
-        next_number=ledger.next_number,
-        again=ledger.again.copy(),
-        open=dict(ledger.open),
-        fate={epoch: bytearray(fate) for epoch, fate in ledger.fate.items()},
-        totals=Counter(ledger.totals),
-        epochs_done=list(ledger.epochs_done),
-    )
+def rebuild(core: Core, state: LedgerState) -> Ledger:
+    """The ledger of `state`, and its counts put into `core`; raises `StateError` if it belongs to other data."""
+    ledger = core.new_ledger()
+    for name in ("size", "seed", "shuffle"):
+        if getattr(state, name) != getattr(ledger, name):
+            raise StateError(
+                f"the controller's state has {name} {getattr(state, name)!r}, this run has {getattr(ledger, name)!r}: "
+                f"resume with the data, seed and shuffle that the run began with"
+            )
+    ledger.epoch, ledger.cursor, ledger.next_number = state.epoch, state.cursor, state.next_number
+    ledger.fate = {epoch: bytearray(fate) for epoch, fate in state.fate.items()}
+    ledger.totals, ledger.epochs_done = Counter(state.totals), list(state.epochs_done)
+    ledger.again.extend(revive(prompt) for prompt in state.again)
+    core.counters, core.failed = Counter(state.counters), Counter(state.failed)
+    core.quarantined.clear()
+    core.quarantined.extend(state.quarantined)
+    core.telemetry.lags, core.telemetry.token_lags = Counter(state.lags), Counter(state.token_lags)
+    return ledger
 
 
 def restore(core: Core, version: int, data: bytes) -> None:
@@ -133,40 +149,32 @@ def restore(core: Core, version: int, data: bytes) -> None:
     kept. Everything that runs is cancelled; workers get their weights anew when `version` is published.
     """
     try:
-        state = _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+        state = _decode(data)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise StateError(f"the controller's state does not decode: {error}") from None
-    ledger = core.new_ledger()
-    wanted = {"format": FORMAT, "version": version, "size": ledger.size, "seed": ledger.seed, "shuffle": ledger.shuffle}
-    for name, value in wanted.items():
-        if getattr(state, name) != value:
-            raise StateError(
-                f"the controller's state has {name} {getattr(state, name)!r}, this run has {value!r}: resume with the "
-                f"data, seed and shuffle that the run began with"
-            )
-    ledger.epoch, ledger.cursor, ledger.next_number = state.epoch, state.cursor, state.next_number
-    ledger.fate = {epoch: bytearray(fate) for epoch, fate in state.fate.items()}
-    ledger.totals, ledger.epochs_done = Counter(state.totals), list(state.epochs_done)
-    ready = {s.prompt.number: Group(s.prompt.number, 0, _revive(s.prompt), _done(s.samples)) for s in state.finished}
+    if (state.format, state.version) != (FORMAT, version):
+        found, wanted = f"format {state.format}, version {state.version}", f"format {FORMAT}, version {version}"
+        raise StateError(f"the controller's state has {found}, expected {wanted}")
+    ledger = rebuild(core, state.ledger)
+    ready = [finished_group(finished) for finished in state.finished]
     live = [*core.buffer.groups.values(), *(group for groups in core.handed_groups.values() for group in groups)]
     fresh = {group.number: group for group in live if _newest(group) <= version}
-    for prompt in state.queued:
+    inflight = []
+    for prompt in state.inflight:
         kept = fresh.get(prompt.number)
-        if kept is not None and kept.prompt.key == (prompt.epoch, prompt.index):
-            ready[prompt.number] = kept
+        if kept is not None and prompt.names(kept.prompt):
+            ready.append(kept)
         else:
-            ledger.again.append(_revive(prompt))
+            inflight.append(revive(prompt))
+    for group in [group for group in ready if len(group.samples) != core.config.group_size]:
+        ready.remove(group)
+        group.prompt.number = group.number
+        inflight.append(group.prompt)
+    ledger.again.extendleft(sorted(inflight, key=lambda prompt: -prompt.number))
     begin_again(core, ledger, version)
-    core.counters, core.failed = Counter(state.counters), Counter(state.failed)
-    core.quarantined.clear()
-    core.quarantined.extend(state.quarantined)
-    core.telemetry.lags, core.telemetry.token_lags = Counter(state.lags), Counter(state.token_lags)
-    group_size = core.config.group_size
-    for group in sorted(ready.values(), key=lambda group: group.number):
-        if len(group.samples) == group_size:
-            core.buffer.add(group)
-        else:
-            ledger.again.appendleft(group.prompt)
+    for group in sorted(ready, key=lambda group: group.number):
+        core.buffer.add(group)
+        core.just_finished.append(group)
 
 
 def begin_again(core: Core, ledger: Ledger, version: int) -> None:
@@ -186,17 +194,39 @@ def begin_again(core: Core, ledger: Ledger, version: int) -> None:
         worker.evaluating.clear()
 
 
+def prompt_state(prompt: Prompt, number: int) -> PromptState:
+    return PromptState(prompt.epoch, prompt.index, number, prompt.failures, prompt.deaths, prompt.lonely_deaths)
+
+
+def revive(state: PromptState, keep_number: bool = True) -> Prompt:
+    """The prompt of `state`, to be submitted under its old number if `keep_number`."""
+    number = state.number if keep_number else -1
+    return Prompt(state.epoch, state.index, number, state.failures, state.deaths, state.lonely_deaths)
+
+
+def finished_state(group: Group) -> FinishedState:
+    return FinishedState(prompt_state(group.prompt, group.number), [sample.trajectories for sample in group.samples])
+
+
+def finished_group(state: FinishedState) -> Group:
+    samples = [Sample(trajectories=s, oldest=min(t.oldest_version for t in s)) for s in state.samples]
+    return Group(state.prompt.number, 0, revive(state.prompt, keep_number=False), samples)
+
+
 def _newest(group: Group) -> int:
     return max(int(t.versions.max()) for sample in group.samples for t in sample.trajectories)
 
 
-def _prompt(prompt: Prompt, number: int) -> PromptState:
-    return PromptState(prompt.epoch, prompt.index, number, prompt.failures, prompt.deaths, prompt.lonely_deaths)
-
-
-def _revive(state: PromptState) -> Prompt:
-    return Prompt(state.epoch, state.index, state.number, state.failures, state.deaths, state.lonely_deaths)
-
-
-def _done(samples: list[list[Trajectory]]) -> list[Sample]:
-    return [Sample(trajectories=s, oldest=min(t.oldest_version for t in s)) for s in samples]
+def _copy(ledger: Ledger) -> Ledger:
+    """A copy whose accounts can be changed; groups and prompts are shared."""
+    same: dict[str, Any] = {name: getattr(ledger, name) for name in ("epoch", "cursor", "next_number", "again", "open")}
+    return Ledger(
+        ledger.size,
+        ledger.seed,
+        ledger.epochs,
+        ledger.shuffle,
+        fate={epoch: bytearray(fate) for epoch, fate in ledger.fate.items()},
+        totals=Counter(ledger.totals),
+        epochs_done=list(ledger.epochs_done),
+        **same,
+    )

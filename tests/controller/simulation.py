@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from areal_jax.controller.config import ControllerConfig
 from areal_jax.controller.core import Core, Stop
+from areal_jax.controller.journal import Journal
 from areal_jax.transport import messages as m
 
 
@@ -17,7 +19,7 @@ def manifest(version: int, path: str = "", published_at: float = 0.0) -> m.Manif
     return m.Manifest(version=version, nbytes=0, tensors=[], path=path, host="h", published_at=published_at)
 
 
-def trajectory(versions: list[int], reward: float = 0.0, prompt: int = 2) -> m.Trajectory:
+def trajectory(versions: list[int], reward: float = 0.0, prompt: int = 2, serial: int = 0) -> m.Trajectory:
     n = len(versions)
     return m.Trajectory(
         tokens=np.arange(prompt + n, dtype=np.int32),
@@ -26,7 +28,7 @@ def trajectory(versions: list[int], reward: float = 0.0, prompt: int = 2) -> m.T
         versions=np.array([-1] * prompt + versions, np.int32),
         reward=reward,
         finish_reason="stop",
-        metrics={"accuracy": float(reward > 0)},
+        metrics={"accuracy": float(reward > 0), "serial": float(serial)},
     )
 
 
@@ -90,7 +92,9 @@ class World:
         self.batches: dict[int, m.Batch] = {}
         self.stopped: str | None = None
         self.results: list[m.Message] = []  # everything workers ever reported
-        self.origin: dict[int, str] = {}  # id of a trajectory's versions array is not stable: by attempt
+        self.origin: list[list[tuple[int, str]]] = []  # by trajectory: version and weights of each token
+        self.folder = tempfile.TemporaryDirectory()
+        self.journal = Journal(self.folder.name)
         self.core = self.new_core()
 
     def new_core(self) -> Core:
@@ -103,6 +107,9 @@ class World:
     # --- Events ----------------------------------------------------------------------------------------------------
 
     def deliver(self) -> None:
+        self.spool()
+        if self.rng.random() < 0.03:
+            self.journal.write(self.core)
         for action in self.core.take_actions():
             if isinstance(action, Stop):
                 self.stopped = action.reason
@@ -147,8 +154,8 @@ class World:
             worker.grow(slot)
         work = worker.work.pop(slot)
         reward = float(self.rng.random() < 0.5) if reward is None else reward
-        made = trajectory([version for version, _ in work.tokens], reward)
-        self.origin[id(made)] = made, work.tokens
+        made = trajectory([version for version, _ in work.tokens], reward, serial=len(self.origin))
+        self.origin.append(work.tokens)
         task = work.task
         self.report(m.SampleDone(worker.name, task.group, task.sample, task.attempt, [made]))
 
@@ -167,6 +174,7 @@ class World:
         self.publications += 1
         reply = self.core.publish(manifest(version, self.weights[version], float(self.publications)), self.now)
         if isinstance(reply, m.Published):
+            self.journal_now()
             self.version = version
             if (batch := self.batches.pop(version - 1, None)) is not None:
                 self.consumed += [(version - 1, group) for group in batch.groups]
@@ -176,9 +184,32 @@ class World:
     def get_batch(self, version: int) -> m.Message:
         reply = self.core.get_batch(version, self.now)
         if isinstance(reply, m.Batch):
-            assert self.batches.setdefault(version, reply) is reply, "asked again, another batch"
+            if version not in self.batches:
+                self.journal_now()
+            first = self.batches.setdefault(version, reply)
+            assert m.encode(first) == m.encode(reply), "asked again, another batch"
         self.deliver()
         return reply
+
+    def kill_controller(self) -> None:
+        """The controller is killed, and the next one takes over from the journal; workers and trainer live on."""
+        self.core = self.new_core()
+        self.journal = Journal(self.folder.name)
+        self.journal.recover(self.core, self.now)
+        assert self.core.version == self.version, "what was acknowledged is forgotten"
+        assert set(self.core.handed) == set(self.batches), "a batch that the trainer holds is forgotten"
+        for worker in self.workers.values():
+            self.core.hello(worker.hello(), self.now)
+        self.deliver()
+
+    def journal_now(self) -> None:
+        self.spool()
+        self.journal.write(self.core)
+
+    def spool(self) -> None:
+        for group in self.core.just_finished:
+            self.journal.spool(group)
+        self.core.just_finished.clear()
 
     # --- Checkpoints -----------------------------------------------------------------------------------------------
 
@@ -199,6 +230,7 @@ class World:
                 self.core.hello(worker.hello(), self.now)
         reply = self.core.set_state(m.SetState(version=version, data=data), self.now)
         assert reply == m.Published(version=version), reply
+        self.journal_now()
         self.deliver()
         self.consumed, self.batches, self.version = list(consumed), {}, -1
         self.weights = {number: path for number, path in self.weights.items() if number <= version}
@@ -250,9 +282,8 @@ class World:
             assert step - group.oldest_version <= eta, f"group {group.group} is over age in step {step}"
             assert len(group.samples) == self.config.group_size
             for made in (t for sample in group.samples for t in sample):
-                if id(made) in self.origin:  # not one that went through a checkpoint
-                    for version, path in self.origin[id(made)][1]:
-                        assert self.weights[version] == path, "tokens of weights that the trainer has lost"
+                for version, path in self.origin[int(made.metrics["serial"])]:
+                    assert self.weights[version] == path, "tokens of weights that the trainer has lost"
         numbers = Counter(group.group for _, group in self.consumed)
         visits = Counter((group.epoch, group.record_index) for _, group in self.consumed)
         assert max(numbers.values(), default=1) == 1, "a group was consumed twice"

@@ -25,7 +25,7 @@ configs = st.builds(
 # An event is a kind and a number that picks among what is possible; frequent kinds are listed more often.
 OFTEN = ["done"] * 40 + ["grow"] * 10 + ["load"] * 16 + ["step"] * 16 + ["join", "publish"] * 2
 RARE = ["join", "batch", "ahead", "die", "leave", "restart", "rejoin", "fail", "refuse", "late", "wait"]
-RARE += ["evaluate", "checkpoint", "resume", "resume_all"]
+RARE += ["evaluate", "checkpoint", "resume", "resume_all", "killed"]
 KINDS = OFTEN + RARE
 events = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 2**16)), min_size=20, max_size=300)
 
@@ -93,6 +93,8 @@ class History:
             case "checkpoint" if world.version >= 0:
                 newer = world.version in world.batches and pick % 2
                 self.saved = world.checkpoint(world.version + 1 if newer else world.version)
+            case "killed" if not world.stopped:
+                world.kill_controller()
             case "resume" | "resume_all" if self.saved and not world.stopped:
                 world.resume(self.saved, new_controller=kind == "resume_all")
 
@@ -137,7 +139,7 @@ def run(config, prompts, rolling, history):
     life.finish()
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(config=configs, prompts=st.integers(1, 9), rolling=st.booleans(), history=events)
 def test_promises_hold_in_every_interleaving(config, prompts, rolling, history):
     run(config, prompts, rolling, history)
