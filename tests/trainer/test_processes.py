@@ -1,6 +1,7 @@
 """Several JAX processes are one trainer: the same batches give the same weights as a single process."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,29 @@ def test_two_processes_equal_one(tmp_path, axis):
     for name, value in alone.items():
         assert np.abs(value - controller.versions[0][name]).max() > 0 or "bias" in name
         np.testing.assert_allclose(both[name], value, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_the_next_start_goes_on(tmp_path):
+    workdir, _ = fake.prepare(tmp_path, steps=3)
+    trainer = None
+
+    def interrupt(version):
+        if version == 1:
+            trainer.send_signal(signal.SIGTERM)
+
+    with fake.FakeController(workdir) as controller:
+        controller.on_batch = interrupt
+        trainer = start(workdir, 0)
+        try:
+            assert trainer.wait(120) == 75, (workdir / "trainer-0.log").read_text()[-3000:]
+            assert "Finish" not in controller.kinds()
+            controller.on_batch = lambda version: None
+            controller.log.clear()
+            trainer = start(workdir, 0)
+            assert trainer.wait(120) == 0, (workdir / "trainer-0.log").read_text()[-3000:]
+        finally:
+            trainer.kill()
+    assert controller.kinds()[0] == "SetState"
+    assert controller.state.version in (1, 2)
+    assert next(m.version for m in controller.log if type(m).__name__ == "GetBatch") == controller.state.version
