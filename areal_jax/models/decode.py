@@ -53,9 +53,10 @@ def prefill(model, params, cache: Cache, tokens, lengths, slots) -> tuple[jax.Ar
     def layer(x, params):
         return block(params)(x, rope, attend, None)
 
-    x, (k_LxNxPxKxH, v_LxNxPxKxH) = jax.lax.scan(layer, net.embed(tokens, model.compute_dtype), stacked)
-    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    logits = logprobs.head_logits(net.normalize(last), net.head_weights())[:, 0]
+    x_MxD = net.embed(tokens.reshape(-1), model.compute_dtype)
+    x_MxD, (k_LxNxPxKxH, v_LxNxPxKxH) = jax.lax.scan(layer, x_MxD, stacked)
+    last_NxD = x_MxD[jnp.arange(len(lengths)) * width + jnp.maximum(lengths - 1, 0)]
+    logits = logprobs.head_logits(net.normalize(last_NxD), net.head_weights())
 
     # Out of range means "do not write"; negative indices would count from the end, so they are mapped too.
     target = jnp.where((lengths > 0) & (slots >= 0) & (slots < capacity), slots, capacity)
@@ -102,7 +103,7 @@ def step(model, params, cache: Cache, tokens, positions) -> tuple[jax.Array, Cac
         x, (_, cache) = block(params)(x, rope, attend, (number, cache))
         return (x, cache), None
 
-    x = net.embed(tokens[:, None], model.compute_dtype)
+    x = net.embed(tokens, model.compute_dtype)
     numbers = jnp.arange(model.config.num_layers)
     (x, cache), _ = jax.lax.scan(layer, (x, cache), (numbers, stacked))
-    return logprobs.head_logits(net.normalize(x[:, 0]), net.head_weights()), cache
+    return logprobs.head_logits(net.normalize(x), net.head_weights()), cache

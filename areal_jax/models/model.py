@@ -131,15 +131,18 @@ class Model:
         mix = moe.grouped(place) if grouped else moe.dense
         stacked, block = net.split_layers()
 
-        def layer(x, params):
-            x, _ = block(params)(place(x, "batch", None, None), rope, attend, None, mix)
-            return place(x, "batch", None, None), None
+        def at_rest(x_MxD):  # the sharding of the rows, also where M would divide further
+            return place(x_MxD.reshape(*tokens.shape, -1), "batch", None, None).reshape(x_MxD.shape)
+
+        def layer(x_MxD, params):
+            x_MxD, _ = block(params)(at_rest(x_MxD), rope, attend, None, mix)
+            return at_rest(x_MxD), None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_policy(self.remat, implementation), prevent_cse=False)
-        x = place(net.embed(tokens, self.compute_dtype), "batch", None, None)
-        x, _ = jax.lax.scan(layer, x, stacked)
-        return net.normalize(x)
+        x_MxD = at_rest(net.embed(tokens.reshape(-1), self.compute_dtype))
+        x_MxD, _ = jax.lax.scan(layer, x_MxD, stacked)
+        return net.normalize(x_MxD).reshape(*tokens.shape, -1)
 
     def logits(self, params: Params, tokens, positions, segment_ids) -> jax.Array:
         """Next-token logits, float32 `[B, T, V]`. For training use `token_logprobs`, which never holds this array."""

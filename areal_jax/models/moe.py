@@ -16,26 +16,25 @@ from areal_jax.models.sharding import Place, partition_spec
 IMPLEMENTATIONS = ("auto", "dense", "grouped")
 
 
-def route(x: jax.Array, router_ExD: jax.Array, *, top_k: int, renormalize: bool) -> tuple[jax.Array, jax.Array]:
-    """The experts of each token and their weights: `(indices int32 [..., top_k], weights float32 [..., top_k])`.
+def route(x_MxD: jax.Array, router_ExD: jax.Array, *, top_k: int, renormalize: bool) -> tuple[jax.Array, jax.Array]:
+    """The experts of each token and their weights: `(indices int32 [M, top_k], weights float32 [M, top_k])`.
 
     The softmax runs over all experts in float32, then the `top_k` largest are kept; with `renormalize` they sum to one.
     """
-    logits = jnp.einsum("...d,ed->...e", x, router_ExD.astype(x.dtype), preferred_element_type=jnp.float32)
-    weights, indices = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
+    logits_MxE = jnp.einsum("md,ed->me", x_MxD, router_ExD.astype(x_MxD.dtype), preferred_element_type=jnp.float32)
+    weights, indices = jax.lax.top_k(jax.nn.softmax(logits_MxE, axis=-1), top_k)
     if renormalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return indices, weights
 
 
-def dense(x_BxTxD, indices_BxTxk, weights_BxTxk, gate_ExFxD, up_ExFxD, down_ExDxF) -> jax.Array:
-    """All experts on all tokens, weighted; returns `[B, T, D]`."""
-    experts = jnp.arange(gate_ExFxD.shape[0], dtype=indices_BxTxk.dtype).reshape(1, 1, 1, -1)
-    chosen = indices_BxTxk[..., None] == experts
-    weights_BxTxE = jnp.sum(jnp.where(chosen, weights_BxTxk[..., None], 0.0), axis=2).astype(x_BxTxD.dtype)
-    gate, up, down = (w.astype(x_BxTxD.dtype) for w in (gate_ExFxD, up_ExFxD, down_ExDxF))
-    hidden = jax.nn.silu(jnp.einsum("btd,efd->btef", x_BxTxD, gate)) * jnp.einsum("btd,efd->btef", x_BxTxD, up)
-    return jnp.einsum("btef,edf->btd", hidden * weights_BxTxE[..., None], down)
+def dense(x_MxD, indices_Mxk, weights_Mxk, gate_ExFxD, up_ExFxD, down_ExDxF) -> jax.Array:
+    """All experts on all tokens, weighted; returns `[M, D]`."""
+    experts = jnp.arange(gate_ExFxD.shape[0], dtype=indices_Mxk.dtype)[None, None]
+    weights_MxE = jnp.sum(jnp.where(indices_Mxk[..., None] == experts, weights_Mxk[..., None], 0.0), axis=1)
+    gate, up, down = (w.astype(x_MxD.dtype) for w in (gate_ExFxD, up_ExFxD, down_ExDxF))
+    hidden_MxExF = jax.nn.silu(jnp.einsum("md,efd->mef", x_MxD, gate)) * jnp.einsum("md,efd->mef", x_MxD, up)
+    return jnp.einsum("mef,edf->md", hidden_MxExF * weights_MxE.astype(x_MxD.dtype)[..., None], down)
 
 
 def grouped(place: Place):
@@ -51,7 +50,7 @@ def grouped(place: Place):
         mesh = place.mesh
         if mesh is None or mesh.size == 1:
             return _groups(*args, jnp.int32(0)).astype(x.dtype)
-        batch = PartitionSpec(*partition_spec(mesh, ("batch", None, None), x.shape, place.rules))
+        batch = PartitionSpec(*partition_spec(mesh, ("batch", None), x.shape, place.rules))
         wide = partition_spec(mesh, ("expert", "expert_mlp", None), gate.shape, place.rules)
         narrow = partition_spec(mesh, ("expert", None, "expert_mlp"), down.shape, place.rules)
         split = tuple(axis for axis in (wide[0], wide[1]) if axis)
@@ -70,14 +69,14 @@ def grouped(place: Place):
 
 
 def _groups(x, indices, weights, gate, up, down, first):
-    """The share of experts `first ...` in each token's sum, float32 `[B, T, D]`."""
-    (rows, length, width), (experts, top_k) = x.shape, (gate.shape[0], indices.shape[-1])
+    """The share of experts `first ...` in each token's sum, float32 `[M, D]`."""
+    (tokens, width), (experts, top_k) = x.shape, (gate.shape[0], indices.shape[-1])
     expert = indices.reshape(-1) - first
     expert = jnp.where((expert >= 0) & (expert < experts), expert, experts)  # those of other devices come last
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.sum(expert[:, None] == jnp.arange(experts)[None], axis=0, dtype=jnp.int32)
     mine = (expert[order] < experts)[:, None]
-    token = jnp.where(mine, x.reshape(-1, width)[order // top_k], jnp.zeros((), x.dtype))
+    token = jnp.where(mine, x[order // top_k], jnp.zeros((), x.dtype))
 
     def product(a, w):
         return jax.lax.ragged_dot(a, jnp.swapaxes(w, 1, 2), sizes)
@@ -85,4 +84,4 @@ def _groups(x, indices, weights, gate, up, down, first):
     out = product(jax.nn.silu(product(token, gate)) * product(token, up), down).astype(jnp.float32)
     out = jnp.where(mine, out * weights.reshape(-1)[order][:, None], 0.0)
     back = jnp.argsort(order)
-    return jnp.sum(out[back].reshape(rows, length, top_k, width), axis=2)
+    return jnp.sum(out[back].reshape(tokens, top_k, width), axis=1)
