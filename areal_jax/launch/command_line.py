@@ -133,6 +133,8 @@ def _convert(key: str, old: Any, value: str) -> Any:
     except (ValueError, SyntaxError):
         if old is _FREE_FORM:
             return value
+        if isinstance(old, tuple) and value:
+            return (value,)  # one text, as in --config.rewards.verifiers=my_task:reward
         kind = "a dict" if isinstance(old, ConfigDict) else f"of type {type(old).__name__}"
         raise ConfigError(f"'{key}' must be {kind}, and '{value}' is not") from None
     if isinstance(old, tuple) and not isinstance(new, (tuple, list)):

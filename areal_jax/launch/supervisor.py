@@ -22,7 +22,7 @@ from areal_jax.launch.guardian import end_groups, send
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
 SETTING_WRONG = 2  # exit codes of a role: nothing can change by starting it again
 TOLD_TO_STOP = 75  # it has saved what it needs to go on
-FAREWELL_SECONDS = 15.0  # how far apart the trainer and the others may end by themselves
+FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,11 @@ def test_settings_are_changed_in_their_own_types(file):
     assert config["rollout"]["workflow_args"] == {"k": 1}
 
 
+def test_one_text_is_a_tuple_of_one(file):
+    command = parse([file, "--config.rewards.verifiers=my_task:reward"])
+    assert resolve(command.config)["rewards"]["verifiers"] == ("my_task:reward",)
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
