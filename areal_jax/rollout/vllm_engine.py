@@ -323,8 +323,15 @@ def _create(args: dict[str, Any]) -> AsyncLLM:
         raise ValueError(f"vLLM has no engine argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     if current_platform.is_cpu():
         args = {"enforce_eager": True, **args}
-    weight_transfer = WeightTransferConfig(backend=vllm_weights.BACKEND)
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args, weight_transfer_config=weight_transfer))
+    engine_args = AsyncEngineArgs(**args, weight_transfer_config=WeightTransferConfig(backend=vllm_weights.BACKEND))
+    config = engine_args.create_engine_config()
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        head, possible = config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+        if head not in possible:
+            raise ValueError(f"vLLM's CPU build has no attention for heads of {head}, only of {possible}")
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
 
 
 @contextlib.contextmanager
