@@ -99,23 +99,32 @@ def generate(engine: JaxEngine, wanted: list[Request], *, together=True, version
 
 
 @functools.cache
-def _scorer():
-    return jax.jit(MODEL.token_logprobs)
+def _full(method: str):
+    return jax.jit(getattr(MODEL, method))
+
+
+def _padded(request: Request, completion):
+    """(tokens, positions, segment ids) as one row of 64, and the length."""
+    tokens, whole = np.zeros((1, 64), np.int32), np.concatenate([request.tokens, completion.tokens])
+    tokens[0, : len(whole)] = whole
+    index = np.arange(64, dtype=np.int32)[None]
+    return (tokens, index, (index < len(whole)).astype(np.int32)), len(whole)
+
+
+def full_logits(request: Request, completion) -> tuple[jax.Array, int]:
+    """Next-token logits `[64, V]` under version 0 by a full forward, and how many of them mean something."""
+    row, n = _padded(request, completion)
+    return _full("logits")(params_of(0), *row)[0], n
 
 
 def rescore(request: Request, completion, versions=None) -> np.ndarray:
     """Log-probs of the new tokens by a full forward under each token's own version, at the request's temperature."""
-    tokens = np.zeros(64, np.int32)
-    whole = np.concatenate([request.tokens, completion.tokens])
-    tokens[: len(whole)] = whole
-    segments = (np.arange(64) < len(whole)).astype(np.int32)
+    row, n = _padded(request, completion)
     versions = completion.versions if versions is None else versions
-    result = np.zeros(len(whole), np.float32)
+    result = np.zeros(n, np.float32)
     for version in set(versions.tolist()):
-        scored, _ = _scorer()(
-            params_of(version), tokens[None], np.arange(64, dtype=np.int32)[None], segments[None],
-            np.float32(request.sampling.temperature or 1.0),
-        )  # fmt: skip
+        temperature = np.float32(request.sampling.temperature or 1.0)
+        scored, _ = _full("token_logprobs")(params_of(version), *row, temperature)
         mine = len(request.tokens) + np.flatnonzero(versions == version)
         result[mine] = np.asarray(scored)[0, mine]
     return result[len(request.tokens) :]

@@ -4,9 +4,22 @@ import asyncio
 
 import numpy as np
 import pytest
-from engines import MODEL, STOP, SteppedEngine, generate, load, make_engine, manifest, params_of, requests, rescore
+from engines import (
+    MODEL,
+    STOP,
+    SteppedEngine,
+    full_logits,
+    generate,
+    load,
+    make_engine,
+    manifest,
+    params_of,
+    requests,
+    rescore,
+)
 
 from areal_jax.rollout.engine import EngineDied, Request, Sampling, WeightsRefused
+from areal_jax.rollout.sampling import draw, request_keys, sampling_logprobs
 
 
 def same(a, b, *, bitwise=True):
@@ -51,6 +64,7 @@ def test_longer_caches_change_nothing_bit_for_bit():
     together, _ = generate(make_engine(**settings), long + requests(5, seed=3))
     same(alone, together[:1])
     assert len(alone[0].tokens) == 50 and stats["recompiles_after_warmup"] == 0
+    np.testing.assert_allclose(alone[0].logprobs, rescore(long[0], alone[0]), atol=1e-4)
 
 
 def test_log_probs_are_those_of_a_full_forward(reference):
@@ -64,6 +78,17 @@ def test_log_probs_are_of_the_tempered_distribution():
     done, _ = generate(make_engine(), wanted)
     for request, completion in zip(wanted, done):
         np.testing.assert_allclose(completion.logprobs, rescore(request, completion), atol=1e-4)
+
+
+def test_each_token_is_the_one_that_its_key_and_absolute_position_draw(reference):
+    """By a full forward and the pure functions, without cache, slots or schedule."""
+    for request, completion in list(zip(*reference[:2]))[:4]:
+        logits, n = full_logits(request, completion)
+        positions, one = np.arange(len(logits), dtype=np.int32), np.ones(len(logits), np.float32)
+        logprobs = sampling_logprobs(logits, one, np.zeros(len(logits), np.int32), one)
+        keys = request_keys(np.tile(np.asarray(request.key, np.int32), (len(logits), 1)))
+        drawn, _ = draw(logprobs, keys, positions + 1, one)
+        np.testing.assert_array_equal(drawn[len(request.tokens) - 1 : n - 1], completion.tokens)
 
 
 def test_stop_limit_and_counts(reference):
@@ -135,11 +160,11 @@ def test_kept_caches_are_those_of_the_old_weights():
 
 
 def test_without_interruption_every_sequence_has_one_version():
-    wanted = requests(8, max_new_tokens=12, stop_token_ids=())
+    wanted = [requests(8, max_new_tokens=8 + i, stop_token_ids=())[i] for i in range(8)]
     done, stats = generate(make_engine(SteppedEngine, updates={2: 1, 6: 2}, interruptible=False), wanted)
     assert stats["sequences_interrupted"] == stats["tokens_recomputed"] == 0
     versions = [set(c.versions.tolist()) for c in done]
-    assert all(len(v) == 1 for v in versions) and set.union(*versions) == {0, 1}
+    assert versions[:4] == [{0}] * 4 and versions[4:] == [{1}] * 4  # version 1 waited, and so did those behind it
     for request, completion in zip(wanted, done):
         np.testing.assert_allclose(completion.logprobs, rescore(request, completion), atol=1e-4)
 
