@@ -1,6 +1,9 @@
 # ruff: noqa: E501  (programs in strings)
 """Hostile programs for the code verifier: each tries to be graded 1 without solving the task, or to do harm.
 
+RULE: where the sandbox is broken, these programs run for real. So each one shows that it *could* do harm, and does none
+beyond the test's own folder and process: bounded counts, signal 0, files opened but not changed, never "/" or everyone.
+
 The task is always `double(n)`, tested by assertions; `{...}` are filled in by the test. The value is (program, a part of
 the reason that must be given, or several of which one).
 """
@@ -14,16 +17,17 @@ LIMITS = {
         "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\ndef double(n):\n    while True: pass",
         ("SIGKILL", "timeout"),
     ),
-    "fork bomb": ("import os\nwhile True: os.fork()", "PermissionError"),
+    "fork bomb": ("import os\nfor _ in range(8): os.fork() or os._exit(0)", "PermissionError"),
     "fork bomb that does not give up": (
-        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        "import os\nforked = 0\nwhile forked < 8:\n    try:\n        os.fork() or os._exit(0)\n        forked += 1\n"
+        "    except OSError: pass",
         BUSY,
     ),
     "thread bomb": (
-        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
+        "import threading, time\nfor _ in range(3000): threading.Thread(target=time.sleep, args=(30,), daemon=True).start()",
         "can't start new thread",
     ),
-    "memory bomb": ("def double(n):\n    return [0] * (1 << 34)", "MemoryError"),
+    "memory bomb": ("def double(n):\n    return [0] * (1 << 28)", "MemoryError"),
     "memory bomb by anonymous files": ("import os\nos.memfd_create('x')", "PermissionError"),
     "huge output": ("def double(n):\n    while True: print('x' * 10_000)", "output_limit"),
     "huge output on stderr": ("import sys\nwhile True: sys.stderr.write('x' * 10_000)", "output_limit"),
@@ -31,7 +35,7 @@ LIMITS = {
     "deep result": ("def double(n):\n    x = []\n    for _ in range(100_000): x = [x]\n    return x", "RecursionError"),
     "huge file": ("open('x', 'wb').write(b'x' * (100 << 20))", "File too large"),
     "many files": (
-        "import os\nfor i in range(1000): open('x' + str(i), 'wb').write(b'x' * (10 << 20))\nimport time; time.sleep(99)",
+        "import os\nfor i in range(20): open('x' + str(i), 'wb').write(b'x' * (10 << 20))\nimport time; time.sleep(99)",
         ("disk_limit", "No space left"),
     ),
 }
@@ -57,12 +61,12 @@ REACH = {
         "import os\nos.symlink({secret!r}, 'x')\nprint(open('x').read())",
         ("PermissionError", "FileNotFoundError"),
     ),
-    "deletes everything it can": (
-        "import shutil\nshutil.rmtree('/', ignore_errors=True)\nshutil.rmtree({outside!r})",
-        ("PermissionError", "FileNotFoundError", *BUSY),
+    "deletes a folder outside": (
+        "import shutil\nshutil.rmtree({outside!r})",
+        ("PermissionError", "FileNotFoundError"),
     ),
-    "overwrites Python's library": (
-        "import os\nopen(os.__file__, 'a').write('#')",
+    "opens Python's library for writing": (
+        "import os\nopen(os.__file__, 'r+b').close()\nraise SystemExit",
         ("PermissionError", "Read-only", "FileNotFoundError"),
     ),
     "connects over TCP": ("import socket\nsocket.create_connection(('127.0.0.1', {port}), 5)", "PermissionError"),
@@ -76,12 +80,12 @@ REACH = {
         "PermissionError",
     ),
     "resolves a name": ("import socket\nsocket.getaddrinfo('example.org', 80)", "name resolution"),
-    "kills its parent": (
-        "import os, signal\nos.kill(os.getppid() or 1, signal.SIGKILL)",
+    "signals its parent": (
+        "import os, signal\nos.kill(os.getppid() or 1, 0)",
         ("PermissionError", "ProcessLookupError"),
     ),
-    "kills everyone": ("import os, signal\nos.kill(-1, signal.SIGKILL)", "PermissionError"),
-    "kills its process group": ("import os, signal\nos.killpg(0, signal.SIGKILL)", "PermissionError"),
+    "signals everyone": ("import os, signal\nos.kill(-1, 0)", "PermissionError"),
+    "signals its process group": ("import os, signal\nos.killpg(0, 0)", "PermissionError"),
     "kills a process by its number": ("import os, signal\nos.kill({pid}, signal.SIGKILL)", "PermissionError"),
     "signals a process by way of a pipe": (
         "import os, fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, {pid})",

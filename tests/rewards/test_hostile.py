@@ -25,7 +25,7 @@ ISOLATIONS = [kind for kind in ("bwrap", "landlock") if not sandbox.works(kind)]
 ATTACKS = hostile.LIMITS | hostile.REACH | hostile.CHEAT
 ALWAYS = (
     "endless loop", "fork bomb", "memory bomb", "huge output", "reads a file outside", "deletes a file outside",
-    "connects over TCP", "kills its parent", "exits with status 0 on import", "ends the process when called",
+    "connects over TCP", "signals its parent", "exits with status 0 on import", "ends the process when called",
     "returns what is equal to everything", "patches the comparison", "looks for the tests on the stack and in memory",
     "reads every descriptor it has",
 )  # fmt: skip
