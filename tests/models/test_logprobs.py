@@ -56,7 +56,7 @@ def test_chunk_size_bounds_the_logits_that_are_alive():
     assert logprobs.chunk_size(8192, 24) == 8192  # small vocabularies are not cut
 
 
-def _temporary_bytes(tokens: int, vocab: int, width: int = 64) -> int:
+def _temporary_bytes(tokens: int, vocab: int, width: int = 896) -> int:
     """What forward and backward need beside arguments and results, from XLA's own memory analysis; nothing runs."""
     shapes = jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16), jax.ShapeDtypeStruct((vocab, width), jnp.float32)
     targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
