@@ -1,0 +1,63 @@
+"""A role of a run that also writes down what it really did; started in place of the role's own program.
+
+    python tests/integration/recording.py trainer|rollout ARGUMENTS
+
+The rollout worker appends every completion that its engine gives to WORKDIR/recorded/completions.jsonl; the trainer
+writes the packed arrays of every step, as they went to the devices, to WORKDIR/recorded/step-N.npz.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def record_rollout(folder: Path):
+    from areal_jax.rollout import __main__ as role
+
+    make_engine = role.make_engine
+
+    def recording(*arguments, **settings):
+        engine = make_engine(*arguments, **settings)
+        generate = engine.generate
+
+        async def recorded(request):
+            completion = await generate(request)
+            columns = {name: getattr(completion, name).tolist() for name in ("tokens", "logprobs", "versions")}
+            line = {"key": request.key, "prompt": request.tokens.tolist(), **columns}
+            with (folder / "completions.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            return completion
+
+        engine.generate = recorded
+        return engine
+
+    role.make_engine = recording
+    return role.main
+
+
+def record_trainer(folder: Path):
+    from areal_jax.trainer import __main__ as role
+    from areal_jax.trainer.learner import Learner
+
+    step = Learner.step
+
+    def recorded(self, batch, **options):
+        pending = step(self, batch, **options)
+        names = pending.packed[0].arrays
+        np.savez(
+            folder / f"step-{batch.version}.npz",
+            **{name: np.concatenate([packed.arrays[name] for packed in pending.packed]) for name in names},
+        )
+        return pending
+
+    Learner.step = recorded
+    return role.main
+
+
+if __name__ == "__main__":
+    kind = sys.argv.pop(1)
+    folder = Path(sys.argv[sys.argv.index("--workdir") + 1]) / "recorded"
+    folder.mkdir(exist_ok=True)
+    sys.exit({"rollout": record_rollout, "trainer": record_trainer}[kind](folder)())

@@ -1,0 +1,156 @@
+"""Whole runs with several turns and with tools: what is trained on was sampled by the engine; evaluation agrees."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from letters import make_checkpoint
+
+from areal_jax.config import default_config, resolve
+from areal_jax.eval import __main__ as evaluation
+from areal_jax.launch import session
+from areal_jax.launch.roles import roles_of
+from areal_jax.launch.supervisor import Supervisor, log_tail
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = {
+    "multi_turn": ("areal_jax.rollout.workflows:MultiTurn", {"feedback": "?", "max_turns": 3}),
+    "tool_use": (
+        "areal_jax.rollout.tools:ToolUse",
+        {"open": "=", "close": ";", "output": "#{output}#", "max_output_tokens": 4, "max_calls": 2, "timeout": 2},
+    ),
+}
+
+
+def run_recorded(tmp_path, workflow: str, engine: str) -> Path:
+    """A run of two steps by the launcher's own supervisor, with recording roles; returns its folder."""
+    config = default_config()
+    config.model = make_checkpoint(tmp_path / "model")
+    config.data.update({"train": "arithmetic:count=64", "eval": "arithmetic:count=24,seed=9", "template": "none"})
+    config.rewards.verifiers = ("tests.integration.judges:parity",)
+    config.rewards.update({"scale": 10.0, "offset": -0.5})
+    config.controller.update({"batch_size": 4, "group_size": 4, "max_staleness": 2})
+    config.rollout.update({"engine": engine, "slots": 8, "max_length": 64, "max_new_tokens": 24})
+    config.rollout.workflow = WORKFLOWS[workflow][0]
+    config.rollout.workflow_args = WORKFLOWS[workflow][1]
+    config.trainer.update({"steps": 2, "proximal": "fused", "row_length": 64, "rows": 4, "learning_rate": 1e-3})
+    config.metrics.update({"tensorboard": False, "view": "none"})
+    config = resolve(config)
+    run = tmp_path / "run"
+    session.prepare(config, run)
+    roles, leaders = roles_of(config, run)
+    for i, role in enumerate(roles):
+        if (kind := role.name.partition("-")[0]) in ("trainer", "rollout"):
+            command = (sys.executable, str(ROOT / "tests/integration/recording.py"), kind, *role.command[3:])
+            roles[i] = dataclasses.replace(role, command=command, restarts=0)
+    outcome = Supervisor(roles, leaders, run, grace=30.0).run(lambda: None)
+    assert outcome.status == "finished", (outcome, [log_tail(path) for path in (run / "logs").glob("*.log")])
+    return run
+
+
+def completions_of(run: Path) -> dict:
+    """What the engine gave out: {(whole prefix up to the completion's end): completion}, for training only."""
+    found = defaultdict(list)
+    for line in (run / "recorded/completions.jsonl").read_text().splitlines():
+        given = json.loads(line)
+        if given["key"][1] >= 0:
+            found[tuple(given["prompt"])].append(given)
+    return found
+
+
+def sequences_of(run: Path) -> list[dict[str, np.ndarray]]:
+    """What the trainer put on its devices, one sequence after another."""
+    sequences = []
+    for path in sorted((run / "recorded").glob("step-*.npz")):
+        arrays = dict(np.load(path))
+        for i in range(arrays["sequence_ids"].max() + 1):
+            where = arrays["sequence_ids"] == i
+            assert (np.diff(arrays["positions"][where]) == 1).all()
+            sequences.append({name: array[where] for name, array in arrays.items()})
+    return sequences
+
+
+def turns(mask: np.ndarray) -> list[slice]:
+    """The stretches of trained tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+    return [slice(a, b) for a, b in zip(edges[::2], edges[1::2])]
+
+
+def check_trained_is_sampled(run: Path) -> list[dict[str, np.ndarray]]:
+    """Every stretch of trained tokens is the beginning of one completion of the tokens before it, to the last bit."""
+    completions, sequences = completions_of(run), sequences_of(run)
+    for sequence in sequences:
+        assert sequence["mask"].any() and not sequence["mask"][0]
+        for where in turns(sequence["mask"]):
+            sampled = []
+            position = where.start
+            while position < where.stop:  # a stretch may consist of several completions, one right after another
+                stretch = slice(position, where.stop)
+                fitting = [
+                    given
+                    for given in completions[tuple(sequence["tokens"][:position].tolist())]
+                    for n in [min(len(given["tokens"]), where.stop - position)]
+                    if given["tokens"][:n] == sequence["tokens"][stretch][:n].tolist()
+                    and given["versions"][:n] == sequence["versions"][stretch][:n].tolist()
+                    and np.float32(given["logprobs"][:n]).tolist()
+                    == sequence["behavior_logprobs"][stretch][:n].tolist()
+                ]
+                assert fitting, "trained tokens that no completion of the engine explains"
+                sampled.append(fitting[0])
+                position += len(fitting[0]["tokens"])
+        outside = ~sequence["mask"]
+        assert (sequence["versions"][outside] == -1).all() and (sequence["behavior_logprobs"][outside] == 0).all()
+        assert (sequence["advantages"][outside] == 0).all()
+    return sequences
+
+
+def check_evaluation_agrees(run: Path, capsys) -> dict:
+    """Evaluating the exported checkpoint gives the accuracy that the run reported at its end."""
+    assert evaluation.main([f"--run={run}"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((run / "eval/summary.json").read_text())
+    reported = json.loads((run / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "eval/accuracy" in line][-1]
+    assert found["failed"] == 0 and found["samples"] == last["eval/samples"] == 24
+    assert found["accuracy"] == pytest.approx(reported["accuracy_after"], abs=1e-12)
+    assert 0 < found["accuracy"] < 1 and f"{found['accuracy']:.2%}" in printed
+    for name in ("reward", "tokens", "truncated"):
+        assert found[name] == pytest.approx(last[f"eval/{name}"], abs=1e-6)
+    assert found["reward"] == pytest.approx(10 * (found["accuracy"] - 0.5), abs=3.0)  # shaped; accuracy is not
+    return found
+
+
+ENGINES = [
+    "jax",
+    pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.skipif(
+        getattr(importlib.util.find_spec("vllm"), "origin", None) is None, reason="vLLM is not installed"
+    )]),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_several_turns(tmp_path, engine, capsys):
+    run = run_recorded(tmp_path, "multi_turn", engine)
+    sequences = check_trained_is_sampled(run)
+    assert len(sequences) == 2 * 16
+    assert max(len(turns(s["mask"])) for s in sequences) >= 2  # there were second tries
+    found = check_evaluation_agrees(run, capsys)
+    assert found["metrics"]["turns"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tools(tmp_path, engine, capsys):
+    run = run_recorded(tmp_path, "tool_use", engine)
+    sequences = check_trained_is_sampled(run)
+    assert len(sequences) == 2 * 16
+    assert max(len(turns(s["mask"])) for s in sequences) >= 2  # a tool's output stands between them
+    found = check_evaluation_agrees(run, capsys)
+    assert found["metrics"]["tool_calls"] > 0
