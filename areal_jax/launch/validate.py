@@ -18,6 +18,7 @@ from areal_jax.config import ConfigError, resolve, section
 from areal_jax.data.config import DataConfig
 from areal_jax.data.prompts import render_prompt
 from areal_jax.data.readers import DataError, Dataset, load_dataset
+from areal_jax.launch.fit import check_memory, gpu_memory
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _CHOICES = {
@@ -69,6 +70,7 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
     check_addresses(resolved)
     check_rewards(resolved)
     check_model(resolved)
+    check_memory(resolved, gpu_memory())
     check_data(resolved)
     check_programs(resolved)
     return resolved

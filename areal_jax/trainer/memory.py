@@ -1,0 +1,126 @@
+"""How much memory a run needs on each GPU: arithmetic on sizes, nothing is allocated and jax is not imported.
+
+The parts that grow with the model are exact; activations and temporary arrays are counted as the code makes them. It is
+meant to find what cannot fit, and by how much, before anything starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from areal_jax.trainer.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from areal_jax.models.config import ModelConfig
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LOGITS_PER_CHUNK = 2**27  # as in models/logprobs.py; a test compares the two
+RUNTIME = 1.5 * GIB  # CUDA context, libraries, collectives
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes on one GPU, part by part."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size > 0.05 * GIB)
+        return f"{self.total / GIB:.1f} GiB ({parts})"
+
+
+def num_params(c: ModelConfig) -> int:
+    """Parameters of the network; a tied head counts once."""
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    attention = c.hidden_size * (2 * queries + 2 * keys)
+    attention += c.qkv_bias * (queries + 2 * keys) + c.output_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
+    if c.num_experts:
+        mlp = c.num_experts * (c.hidden_size + 3 * c.hidden_size * c.expert_mlp_size)
+    else:
+        mlp = 3 * c.hidden_size * c.mlp_size
+    heads = 1 if c.tie_embeddings else 2
+    return c.num_layers * (attention + mlp + 2 * c.hidden_size) + (heads * c.vocab_size + 1) * c.hidden_size
+
+
+def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
+    """What each of `devices` GPUs of the trainer holds at the worst moment of a step.
+
+    Raises `ValueError` where the mesh does not fit the number of devices.
+    """
+    data, fsdp, tensor, expert = mesh(t, devices)
+    shards = fsdp * tensor * expert
+    params = num_params(c)
+    trained = params if not t.lora_rank else _adapters(c, t.lora_rank)
+    width = BYTES[t.compute_dtype]
+    rows = t.fixed_sequences if t.packing == "fixed" else t.rows
+    tokens = max(1, rows // (data * fsdp)) * t.row_length
+    layer = (params - 2 * c.vocab_size * c.hidden_size) / c.num_layers
+    logits = min(tokens * c.vocab_size, max(128 * c.vocab_size, LOGITS_PER_CHUNK)) / tensor
+    head = c.vocab_size * c.hidden_size / tensor
+    keeps_scores = t.remat == "none" and t.attention == "xla"  # where nothing is flash, nor computed again
+    scores = 1.5 * t.row_length * c.num_heads / tensor * keeps_scores
+    return Estimate(
+        {
+            "parameters": params * BYTES[t.param_dtype] * (2 if t.kl_coef else 1) / shards,
+            "moments": trained * 8 / shards,
+            "gradients": trained * 4 / shards,
+            "a micro-batch's gradients": trained * BYTES[t.param_dtype] / shards,
+            "kept activations": c.num_layers * tokens * width * (_kept(c, t.remat, tensor) + scores),
+            "one layer": tokens * width * _kept(c, "none", tensor) + 2 * layer * (4 + width) / (tensor * expert),
+            "logits": logits * (2 * 4 + width),
+            "head": head * (4 + width) + 4 * tokens * c.hidden_size,
+            "runtime": RUNTIME,
+        }
+    )
+
+
+def engine(c: ModelConfig, dtype: str, max_length: int, gpus: int, sequences: int = 1) -> Estimate:
+    """What each of the `gpus` of one rollout worker must hold at least: weights, and caches of full length."""
+    keys = 2 * c.num_layers * c.num_kv_heads * c.head_dim
+    return Estimate(
+        {
+            "weights": num_params(c) * BYTES[dtype] / gpus,
+            "caches": sequences * max_length * keys * BYTES[dtype] / gpus,
+            "runtime": RUNTIME,
+        }
+    )
+
+
+def mesh(t: TrainerConfig, devices: int) -> tuple[int, int, int, int]:
+    """Sizes of data, fsdp, tensor and expert on so many devices; raises `ValueError` where that is impossible."""
+    sizes = [t.data_parallel, t.fsdp, t.tensor, t.expert]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if devices % fixed or (-1 not in sizes and fixed != devices):
+        raise ValueError(
+            f"trainer.data_parallel, fsdp, tensor, expert = {', '.join(map(str, sizes))} do not fit {devices} devices"
+        )
+    return tuple(devices // fixed if size == -1 else size for size in sizes)
+
+
+def _kept(c: ModelConfig, remat: str, tensor: int) -> float:
+    """Numbers per token that one layer keeps for the backward pass, besides its parameters (see models/model.py)."""
+    stream, queries, keys = c.hidden_size, c.num_heads * c.head_dim / tensor, c.num_kv_heads * c.head_dim / tensor
+    mlp = (c.experts_per_token * c.expert_mlp_size if c.num_experts else c.mlp_size) / tensor
+    kept = {
+        "full": 0.0,
+        "attention": queries,
+        "attention_qkv": 2 * queries + 2 * keys,
+        "attention_mlp": 2 * queries + 2 * keys + 2 * mlp,
+        # Also both norms' float32 inputs and scales, queries and keys before rotation, and the gated product.
+        "none": 6 * stream + 4 * queries + 4 * keys + 4 * mlp,
+    }
+    return stream + kept[remat]
+
+
+def _adapters(c: ModelConfig, rank: int) -> int:
+    """Parameters of low-rank adapters on every linear map of a layer (fewer where fewer are chosen)."""
+    queries, keys, mlp = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.mlp_size
+    pairs = 2 * (c.hidden_size + queries) + 2 * (c.hidden_size + keys) + 3 * (c.hidden_size + mlp)
+    return c.num_layers * rank * pairs
