@@ -1,4 +1,4 @@
-"""Whether a model fits the GPUs that it is given, asked before anything starts; silent where their memory is unknown."""
+"""Whether a model fits the GPUs it is given, asked before anything starts; silent where their memory is unknown."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def check_trainer(model: Any, trainer: TrainerConfig, gpus: Sequence[int], fract
     if need.total - memory.RUNTIME > fraction * min(gpus) or need.total > min(gpus):
         raise ConfigError(
             f"the trainer needs about {need} on each of {len(gpus)} GPUs of {min(gpus) / memory.GIB:.0f} GiB, of which "
-            f"JAX takes {fraction:.0%}: use more GPUs, trainer.remat='full', fewer trainer.rows or a shorter "
-            f"row_length, trainer.tensor, trainer.lora_rank, or set XLA_PYTHON_CLIENT_MEM_FRACTION in launch.trainer_env"
+            f"JAX takes {fraction:.0%}: use more GPUs, trainer.remat='full', fewer trainer.rows, a shorter row_length, "
+            f"trainer.tensor or lora_rank, or set XLA_PYTHON_CLIENT_MEM_FRACTION in launch.trainer_env"
         )
 
 

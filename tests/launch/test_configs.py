@@ -4,21 +4,30 @@ import math
 import runpy
 from pathlib import Path
 
+import jax
 import pytest
 
-from areal_jax.config import resolve
+from areal_jax.config import resolve, section
+from areal_jax.launch import fit
 from areal_jax.launch.validate import check_settings
 from areal_jax.models import Model, ModelConfig
+from areal_jax.trainer import memory
+from areal_jax.trainer.config import TrainerConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 GIB = 2**30
-# hidden, layers, heads, kv heads, mlp, vocabulary, tied: the published config.json files.
+# hidden, layers, heads, kv heads, mlp, vocabulary, context, tied, of the published config.json files; parameters.
 SHAPES = {
-    "1.5B": (1536, 28, 12, 2, 8960, 151_936, False),
-    "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
-    "14B": (5120, 48, 40, 8, 13_824, 152_064, False),
-    "32B": (5120, 64, 40, 8, 27_648, 152_064, False),
+    "DeepSeek-R1-Distill-Qwen-1.5B": ((1536, 28, 12, 2, 8960, 151_936, 131_072, False), 1_777_088_000),
+    "DeepSeek-R1-Distill-Qwen-7B": ((3584, 28, 28, 4, 18_944, 152_064, 131_072, False), 7_615_616_512),
+    "DeepSeek-R1-Distill-Qwen-14B": ((5120, 48, 40, 8, 13_824, 152_064, 131_072, False), 14_770_033_664),
+    "DeepSeek-R1-Distill-Qwen-32B": ((5120, 64, 40, 8, 27_648, 152_064, 131_072, False), 32_763_876_352),
+    "Qwen2.5-1.5B-Instruct": ((1536, 28, 12, 2, 8960, 151_936, 32_768, True), 1_543_714_304),
 }
+KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "vocab_size", "max_position_embeddings", "tie_word_embeddings",
+)  # fmt: skip
 TRAINER_GPUS = {
     "gsm8k_qwen2_5_1_5b": 4, "areal_math_1_5b": 32, "areal_math_1_5b_8gpu": 2, "areal_math_7b": 48,
     "areal_code_14b": 64, "areal_code_32b": 96,
@@ -45,31 +54,24 @@ def test_every_setting_is_known_and_possible(path):
 @pytest.mark.parametrize("name", TRAINER_GPUS)
 def test_the_model_fits_the_stated_gpus(name):
     _, config = load(next(path for path in CONFIGS if path.stem == name))
-    size = next(size for size in ("1.5B", "14B", "32B", "7B") if size in config["model"])
-    hidden, layers, heads, kv_heads, mlp, vocab, tied = SHAPES[size]
-    model = Model(
-        ModelConfig(
-            family="qwen2", vocab_size=vocab, hidden_size=hidden, num_layers=layers, num_heads=heads,
-            num_kv_heads=kv_heads, head_dim=hidden // heads, mlp_size=mlp, tie_embeddings=tied, qkv_bias=True,
-        )
-    )  # fmt: skip
-    parameters = model.num_params()
-    assert math.isclose(parameters / 1e9, {"1.5B": 1.78, "7B": 7.62, "14B": 14.77, "32B": 32.76}[size], rel_tol=0.01)
+    values, parameters = SHAPES[Path(config["model"]).name]
+    shape = ModelConfig.from_hf({"architectures": ["Qwen2ForCausalLM"], **dict(zip(KEYS, values, strict=True))})
+    model = Model(shape)
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params())) == parameters
+    assert config["rollout"]["max_length"] <= shape.max_positions
 
-    trainer, rollout = config["trainer"], config["rollout"]
+    trainer, rollout = section(TrainerConfig, config["trainer"]), config["rollout"]
     gpus, per_engine = TRAINER_GPUS[name], config["launch"]["rollout_gpus"]
     assert rollout["workers"] * per_engine + gpus == ALL_GPUS[name]
-    # fp32 parameters, two moments and gradients over all trainer GPUs; what remat keeps of each layer in bf16.
-    state = parameters * 4 * 4 / gpus
-    tokens = trainer["rows"] * trainer["row_length"] * trainer["tensor"] / gpus
-    kept = {"attention": 2, "attention_qkv": 4}[trainer["remat"]]
-    activations = tokens * layers * hidden * kept * 2 / trainer["tensor"]
-    assert state + activations < 60 * GIB, f"{(state + activations) / GIB:.0f} GiB of 80 in the trainer"
-    assert trainer["rows"] % (gpus // trainer["tensor"]) == 0, "every device gets whole rows"
-    # bf16 weights in each engine, and room for the cache of at least eight of the longest sequences
-    weights = parameters * 2 / per_engine
-    cache = 2 * layers * kv_heads * (hidden // heads) * 2 * rollout["max_length"] * 8 / per_engine
-    assert weights + cache < 70 * GIB, f"{(weights + cache) / GIB:.0f} GiB of 80 in an engine"
+    data, fsdp, tensor, _ = memory.mesh(trainer, gpus)
+    assert trainer.rows % (data * fsdp) == 0, "every device gets whole rows"
+    assert shape.num_kv_heads % tensor == 0 and gpus % trainer.processes == 0
+    fraction = float(config["launch"]["trainer_env"].get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    fit.check_trainer(shape, trainer, [80 * GIB] * gpus, fraction)
+    fit.check_engine(shape, rollout, per_engine, 80 * GIB)
+    room = 0.9 * 80 * GIB - memory.engine(shape, rollout["dtype"], 0, per_engine).total
+    longest = memory.engine(shape, rollout["dtype"], rollout["max_length"], per_engine).parts["caches"]
+    assert room / longest > 8, "an engine should run more than a few of the longest answers at once"
 
 
 def test_the_quick_start_trains_the_shipped_checkpoint():

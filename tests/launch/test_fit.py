@@ -46,7 +46,7 @@ def test_an_engine_must_hold_the_weights_and_one_sequence(config):
     with pytest.raises(ConfigError, match=r"a rollout worker needs about .*weights 14\.2.* of 1 GPUs of 16 GiB"):
         fit.check_memory(resolve(config), [16 * GIB] * 4 + [80 * GIB] * 4)
     config.rollout.engine_args = {"tensor_parallel_size": 2}
-    with pytest.raises(ConfigError, match="over 2 GPUs, and launch.rollout_gpus gives a worker 1"):
+    with pytest.raises(ConfigError, match=r"over 2 GPUs, and launch\.rollout_gpus gives a worker 1"):
         fit.check_memory(resolve(config), [80 * GIB] * 8)
     config.launch.rollout_gpus = 2
     fit.check_memory(resolve(config), [16 * GIB] * 8 + [80 * GIB] * 4)

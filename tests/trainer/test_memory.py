@@ -1,5 +1,7 @@
 """The memory estimate against what XLA says of the compiled training step, and against the models' own shapes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,10 @@ def compiled_bytes(trainer: TrainerConfig) -> int:
     return plan.argument_size_in_bytes + plan.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "attention_qkv", "attention_mlp", "none"])
+OTHERS = ("full", "attention_qkv", "attention_mlp", "none")
+
+
+@pytest.mark.parametrize("remat", ["attention", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_the_estimate_is_what_xla_plans(remat):
     trainer = TrainerConfig(row_length=512, rows=4, remat=remat, attention="xla", fsdp=1)
     estimate = memory.trainer(SMALL, trainer, 1)
@@ -60,8 +65,6 @@ def test_constants_are_the_codes_own():
     ],
 )
 def test_parameters_are_counted_as_the_network_has_them(changes):
-    import dataclasses
-
     config = dataclasses.replace(SMALL, **changes)
     assert memory.num_params(config) == Model(config).num_params()
 
