@@ -23,15 +23,15 @@ def waiting_for(core: Core, now: float) -> str:
     if len(core.buffer) >= core.config.batch_size:
         if not core.buffer.wait:
             return f"the trainer to take batch {core.next_batch} ({_role(core, 'trainer', now)})"
-        due = core.next_batch - core.config.max_staleness
         late = [group for group in core.ledger.open.values() if group.oldest is not None]
         group = min(late, key=lambda group: (group.oldest, group.number), default=None)
         if group is not None:
             names = sorted({sample.worker for sample in group.samples if sample.worker})
             missing = sum(sample.trajectories is None for sample in group.samples)
+            due = group.oldest + core.config.max_staleness
             return (
-                f"group {group.number}, begun at version {group.oldest} and due at step {due} or soon after: {missing} "
-                f"samples run on {', '.join(names) or 'nobody'} (over_age='wait')"
+                f"group {group.number}, begun at version {group.oldest} and due by step {due}: {missing} samples run on "
+                f"{', '.join(names) or 'nobody'} (over_age='wait')"
             )
     busy = [worker for worker in core.fleet if worker.running or worker.evaluating or worker.updating is not None]
     text = "; ".join(_worker(core, worker, now) for worker in busy[:SHOWN])
