@@ -27,7 +27,9 @@ def get_config():
     c.rollout.max_new_tokens = 64
     c.rollout.steps_per_dispatch = 8
 
-    c.trainer.steps = 100
+    c.launch.compile_cache = "runs/.compiled"  # the next start compiles nothing
+
+    c.trainer.steps = 80
     c.trainer.proximal = "fused"  # exact and free with one minibatch
     c.trainer.row_length = 128
     c.trainer.rows = 32

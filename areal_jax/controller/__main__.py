@@ -17,7 +17,8 @@ from areal_jax.controller.journal import Journal
 from areal_jax.controller.service import Service
 from areal_jax.controller.snapshot import StateError
 from areal_jax.data.config import DataConfig
-from areal_jax.data.readers import DataError, load_dataset
+from areal_jax.data.prompts import fitting, prompt_limit
+from areal_jax.data.readers import DataError, Dataset, load_dataset
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.sockets import Server
 
@@ -25,11 +26,11 @@ from areal_jax.transport.sockets import Server
 def make_core(config: dict[str, Any], incarnation: int, now: float) -> Core:
     """The core of the run that `config` (as from `areal_jax.config.load`) describes; raises `DataError`."""
     data = configuration.section(DataConfig, config["data"], "data")
-    evaluation = load_dataset(data.eval, data) if data.eval else []
+    evaluation = _load(data.eval, data, config) if data.eval else []
     limit = data.eval_limit if data.eval_limit > 0 else len(evaluation)
     return Core(
         configuration.section(ControllerConfig, config["controller"], "controller"),
-        load_dataset(data.train, data),
+        _load(data.train, data, config),
         [evaluation[i] for i in range(min(limit, len(evaluation)))],
         seed=config["seed"],
         rolling=config["rollout"]["rolling_updates"],
@@ -38,6 +39,17 @@ def make_core(config: dict[str, Any], incarnation: int, now: float) -> Core:
         incarnation=incarnation,
         now=now,
     )
+
+
+def _load(spec: str, data: DataConfig, config: dict[str, Any]) -> Dataset:
+    """The data set; with data.too_long="skip", without the prompts that leave no room for the longest answer."""
+    dataset = load_dataset(spec, data)
+    if data.too_long != "skip":
+        return dataset
+    from transformers import AutoTokenizer  # takes seconds, and is needed for nothing else here
+
+    tokenizer = AutoTokenizer.from_pretrained(config["model"], local_files_only=True)
+    return fitting(dataset, tokenizer, data, prompt_limit(config))
 
 
 def next_incarnation(workdir: Path) -> int:

@@ -201,7 +201,7 @@ class Service:
 
     def _spool(self) -> None:
         finished, self.core.just_finished = self.core.just_finished, []
-        if self._journal is not None:
+        if self._journal is not None and not self.core.finished:  # once it is, the journal is removed
             for group in finished:
                 self._journal.spool(group)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from areal_jax.data.config import DataConfig
 from areal_jax.data.formats import Record
+from areal_jax.data.readers import Dataset
 
 
 def render_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[int]:
@@ -25,6 +27,24 @@ def render_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[in
     if config.system_prompt:
         text = config.system_prompt + "\n\n" + text
     return [int(token) for token in tokenizer.encode(text)]
+
+
+def fitting(dataset: Dataset, tokenizer: Any, config: DataConfig, limit: int) -> Dataset:
+    """`dataset` without the prompts of more than `limit` tokens; what is left out is counted in `skipped`."""
+    records, skipped = [], list(dataset.skipped)
+    for index in range(len(dataset)):
+        length = len(render_prompt(dataset[index], tokenizer, config))
+        if length <= limit:
+            records.append(dataset[index])
+        else:
+            skipped.append(f"{dataset.name} record {index}: its prompt has {length} tokens, {limit} fit")
+    return Dataset(dataset.name, records, skipped)
+
+
+def prompt_limit(config: Mapping[str, Any]) -> int:
+    """The longest prompt, in tokens, that leaves room for the longest answer."""
+    rollout = config["rollout"]
+    return config["data"]["max_prompt_tokens"] or rollout["max_length"] - rollout["max_new_tokens"]
 
 
 def chat_messages(record: Record, config: DataConfig) -> list[dict[str, str]]:

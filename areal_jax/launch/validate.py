@@ -16,7 +16,7 @@ from typing import Any
 
 from areal_jax.config import ConfigError, resolve, section
 from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import render_prompt
+from areal_jax.data.prompts import prompt_limit, render_prompt
 from areal_jax.data.readers import DataError, Dataset, load_dataset
 from areal_jax.launch.fit import check_memory, gpu_memory
 
@@ -283,12 +283,6 @@ def check_data(config: Mapping[str, Any]) -> None:
                 f"data.train: {usable} prompts are fewer than one batch (controller.batch_size="
                 f"{config['controller']['batch_size']})"
             )
-
-
-def prompt_limit(config: Mapping[str, Any]) -> int:
-    """The longest prompt, in tokens, that leaves room for the longest answer."""
-    rollout = config["rollout"]
-    return config["data"]["max_prompt_tokens"] or rollout["max_length"] - rollout["max_new_tokens"]
 
 
 def prompt_lengths(dataset: Dataset, tokenizer: Any, data: DataConfig, at_most: int = 20_000) -> Iterator[int]:

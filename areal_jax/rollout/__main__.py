@@ -14,7 +14,7 @@ from typing import Any
 
 from areal_jax import config as configs
 from areal_jax.data.config import DataConfig
-from areal_jax.metrics.clock import Clock
+from areal_jax.metrics.clock import Clock, trace_path
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Sampling
@@ -37,7 +37,7 @@ def stop_token_ids(model_path: str, tokenizer: Any) -> tuple[int, ...]:
 
 async def serve(workdir: str, index: int) -> int:
     """Run worker number `index` of the run in `workdir`; returns the exit code."""
-    clock = Clock()
+    clock = Clock(trace=trace_path(workdir, f"rollout-{index}"))
     values = configs.load(workdir)
     rollout = configs.section(RolloutConfig, values["rollout"])
     rewards = configs.section(RewardsConfig, values["rewards"])

@@ -16,7 +16,7 @@ import jax
 
 from areal_jax import models
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.metrics.clock import Clock, idle_fraction
+from areal_jax.metrics.clock import Clock, idle_fraction, trace_path
 from areal_jax.metrics.config import MetricsConfig
 from areal_jax.metrics.writers import MetricsWriter
 from areal_jax.models import Lora, Model, ModelConfig
@@ -70,7 +70,7 @@ class Training:
     ):
         self.settings, self.workdir, self.process = settings, Path(workdir), process
         self.first = process == 0
-        self.clock = Clock("starting")
+        self.clock = Clock("starting", trace=trace_path(workdir, f"trainer-{process}"))
         self._told_to_stop = told_to_stop
         self.memory: dict[str, Any] = {"config": settings.config, "wall_seconds": 0.0, "trained_tokens": 0}
         self.pending: tuple[Pending, dict[str, Any]] | None = None

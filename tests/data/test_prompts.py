@@ -3,7 +3,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import render_prompt
+from areal_jax.data.prompts import fitting, render_prompt
+from areal_jax.data.readers import Dataset
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -52,3 +53,10 @@ def test_a_missing_template_is_an_error(tokenizer):
         render_prompt({"messages": [{"role": "user", "content": "go"}]}, tokenizer, DataConfig())
     with pytest.raises(ValueError, match=r"data\.template"):
         render_prompt({"prompt": "go"}, tokenizer, DataConfig(template="chta"))
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(tokenizer):
+    data = Dataset("d", [{"prompt": "a" * n} for n in (1, 9, 3)], ["d:4: bad"])
+    kept = fitting(data, tokenizer, DataConfig(prompt_suffix="b"), limit=4)
+    assert [len(record["prompt"]) for record in kept] == [1, 3]
+    assert kept.skipped == ["d:4: bad", "d record 1: its prompt has 10 tokens, 4 fit"]
