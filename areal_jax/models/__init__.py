@@ -9,10 +9,9 @@
 
 from areal_jax.models.config import ModelConfig, ModelError, Rope
 from areal_jax.models.huggingface import export_hf, from_hf, hf_tensor_specs, load_hf, to_hf
-from areal_jax.models.lora import add as add_lora
 from areal_jax.models.lora import merge as merge_lora
 from areal_jax.models.lora import trainable
-from areal_jax.models.model import REMAT, Model, Params, param_shardings
+from areal_jax.models.model import REMAT, Model, Params, add_lora, param_shardings
 from areal_jax.models.sharding import RULES, make_mesh
 from areal_jax.models.transformer import Lora
 

@@ -31,7 +31,8 @@ def require(dtype, *, heads: int, kv_heads: int, head_dim: int, jax_version: tup
     if head_dim % 8 or head_dim > 256:
         raise ModelError(f"cuDNN attention needs a head_dim that is a multiple of 8 up to 256, not {head_dim}")
     gpus = jax.local_devices() if jax.default_backend() == "gpu" else []
-    if not gpus or float(getattr(gpus[0], "compute_capability", 0)) < 9.0:
+    capability = str(getattr(gpus[0], "compute_capability", "")) if gpus else ""  # "9.0"; other makers write names
+    if not capability[:1].isdigit() or float(capability) < 9.0:
         raise ModelError("packed cuDNN attention needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later")
 
 

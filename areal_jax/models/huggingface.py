@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from areal_jax.models import lora as lora_lib
 from areal_jax.models.config import ModelConfig, ModelError
-from areal_jax.models.model import Model, Params
+from areal_jax.models.model import Model, Params, add_lora
 from areal_jax.models.tables import flatten, rows, unflatten
 
 # Copied on export when the source has them: everything about the tokenizer and about generation, nothing about weights.
@@ -111,7 +111,7 @@ def from_hf(
             done[path] = _put(host.pop(path), places.get(path))
     if missing := [name for name in where if name not in seen]:
         raise ModelError(f"tensors missing: {_list(missing)}")
-    return lora_lib.add(model, unflatten({path: done[path] for path in abstract}))
+    return add_lora(model, unflatten({path: done[path] for path in abstract}))
 
 
 def _put(value: np.ndarray, place) -> jax.Array:
@@ -205,7 +205,7 @@ def load_hf(path: str | os.PathLike, mesh=None, param_dtype=jnp.float32, rules=N
             flat[row.path] = jax.make_array_from_callback(spec.shape, places[row.path], read)
         else:
             flat[row.path] = jnp.asarray(read((slice(None),) * len(spec.shape)))
-    return model, lora_lib.add(model, unflatten({path: flat[path] for path in abstract}))
+    return model, add_lora(model, unflatten({path: flat[path] for path in abstract}))
 
 
 def _reader(files: _Files, row, spec):
@@ -220,9 +220,7 @@ def _reader(files: _Files, row, spec):
             here = tuple(i - r.start for i, r in zip(position, ranges))
             inner = ranges[row.counted :]
             if row.join is None:
-                out[here] = (
-                    files.slice(name)[tuple(slice(r.start, r.stop) for r in inner)] if inner else files.slice(name)
-                )
+                out[here] = files.slice(name)[tuple(slice(r.start, r.stop) for r in inner)]
             else:
                 # Whole heads lie next to one another there, so a range of heads is one range of the joined axis.
                 first, size = inner[row.join], spec.shape[row.counted + row.join + 1]
@@ -274,9 +272,11 @@ def export_hf(
         with open(os.path.join(staging, "config.json"), "w", encoding="utf-8") as f:
             json.dump(config, f, indent=2)
         os.chmod(staging, 0o755)
+        old = f"{staging}.old"
         if os.path.exists(path):
-            shutil.rmtree(path)
+            os.rename(path, old)
         os.rename(staging, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         if staging:
             shutil.rmtree(staging, ignore_errors=True)

@@ -22,16 +22,6 @@ def trainable(model, params) -> dict:
     return unflatten({path: model.lora is None or is_adapter(path) for path in flatten(params)})
 
 
-def add(model, params, rng: jax.Array | None = None) -> dict:
-    """`params` with fresh adapters where the model has them: A random, B zero, so nothing changes yet."""
-    if model.lora is None:
-        return params
-    flat = flatten(params)
-    dtype = next(iter(flat.values())).dtype
-    fresh = flatten(model.init(jax.random.key(0) if rng is None else rng, dtype))
-    return unflatten({path: flat.get(path, value) for path, value in fresh.items()})
-
-
 def merge(model, params) -> dict:
     """The parameters of the same network without adapters: kernel + scale B A, computed in float32."""
     if model.lora is None:

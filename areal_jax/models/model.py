@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from areal_jax.models import attention as attention_lib
-from areal_jax.models import attention_cudnn, decode, logprobs, moe, sharding
+from areal_jax.models import attention_cudnn, decode, logprobs, moe, sharding, tables
+from areal_jax.models import lora as lora_lib
 from areal_jax.models.config import ModelConfig, ModelError
 from areal_jax.models.transformer import Decoder, Lora
 
@@ -224,11 +225,30 @@ def _policy(remat: str, implementation: str):
 @functools.lru_cache(maxsize=16)
 def _initializer(model: Model, param_dtype: str):
     def init(rng: jax.Array) -> Params:
-        module = Decoder(model.config, model.lora, rng)
-        params = nnx.to_pure_dict(nnx.split(module, nnx.Param, graph=False)[1])
-        return jax.tree.map(lambda x: x.astype(param_dtype), params)
+        return _random(model, rng, param_dtype)
 
     return jax.jit(init, out_shardings=None if model.mesh is None else model.param_shardings())
+
+
+def _random(model: Model, rng: jax.Array, param_dtype: str) -> Params:
+    params = nnx.to_pure_dict(nnx.split(Decoder(model.config, model.lora, rng), nnx.Param, graph=False)[1])
+    return jax.tree.map(lambda x: x.astype(param_dtype), params)
+
+
+def add_lora(model: Model, params: Params, rng: jax.Array | None = None) -> Params:
+    """`params` with fresh adapters where the model has them: A random, B zero, so nothing changes yet."""
+    if model.lora is None:
+        return params
+    flat = tables.flatten(params)
+    dtype = next(iter(flat.values())).dtype.name
+
+    def adapters(tree):
+        return {path: x for path, x in tables.flatten(tree).items() if lora_lib.is_adapter(path)}
+
+    where = None if model.mesh is None else adapters(model.param_shardings())
+    make = jax.jit(lambda rng: adapters(_random(model, rng, dtype)), out_shardings=where)
+    fresh = make(jax.random.key(0) if rng is None else rng)
+    return tables.unflatten({path: (fresh | flat)[path] for path in tables.flatten(model.abstract_params())})
 
 
 def param_shardings(model: Model, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Params:
