@@ -44,7 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
 
         settings = Settings(
             name=config["name"],
-            seed=config["seed"],
             model=config["model"],
             evaluates=bool(config["data"]["eval"]),
             trainer=trainer,

@@ -35,19 +35,11 @@ def start(workdir: str | os.PathLike, process: int, processes: int, address: str
     jax.distributed.initialize(endpoint.removeprefix("tcp://"), processes, process, initialization_timeout=int(timeout))
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all must call it at the same point."""
+def agree(ready: bool, stop: bool) -> tuple[bool, bool]:
+    """(every process is ready, some process is to stop); all must call it at the same point."""
     if jax.process_count() == 1:
-        return flag
+        return ready, stop
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
-
-
-def broadcast(values: np.ndarray) -> np.ndarray:
-    """Process 0's array in every process; all must call it, with arrays of one shape and dtype."""
-    if jax.process_count() == 1:
-        return values
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+    told = multihost_utils.process_allgather(np.array([ready, stop]))
+    return bool(told[:, 0].all()), bool(told[:, 1].any())

@@ -21,13 +21,13 @@ class Guard:
     """Judges the report of every step.
 
     Args:
-      workdir: post-mortems go to `workdir/postmortem/`.
+      workdir: post-mortems go to `workdir/postmortem/`; None writes none.
       action: "skip" (the update was not applied and is counted) or "stop".
       equal_rewards_limit: stop or warn after so many steps in a row in which no group's rewards differ; 0: never.
       keep: post-mortems written at most.
     """
 
-    workdir: str | os.PathLike
+    workdir: str | os.PathLike | None
     action: str = "skip"
     equal_rewards_limit: int = 0
     keep: int = 5
@@ -44,7 +44,7 @@ class Guard:
         problem = self._problem(report)
         if not problem:
             return ""
-        if self.written < self.keep:
+        if self.workdir is not None and self.written < self.keep:
             path = save_postmortem(self.workdir, version, report, packed)
             problem += f"; its batch is in {path}"
             self.written += 1

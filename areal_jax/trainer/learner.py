@@ -163,8 +163,11 @@ class Learner:
     def _run(self, batch: TrainBatch, packed: list[Packed], before_update: Callable[[], None], apply: bool) -> Pending:
         version, run = self.version, self.steps
         parts = [[run.put(micro) for micro in part] for part in packed]
-        proximal = self._logprobs(self.state.params, parts) if self.objective.recompute else None
-        reference = self._logprobs(self.reference, parts) if self.objective.kl_coef else None
+        proximal = reference = None
+        if self.objective.recompute:
+            proximal = [[run.logprobs(self.state.params, micro) for micro in micros] for micros in parts]
+        if self.objective.kl_coef:
+            reference = [[run.reference_logprobs(self.reference, micro) for micro in micros] for micros in parts]
         sums = run.zero_metrics()
         for i, (part, micros) in enumerate(zip(packed, parts, strict=True)):
             keep = self._keep_tokens(part, proximal[i]) if self.objective.whole_batch else None
@@ -182,9 +185,6 @@ class Learner:
             )
         self.version += apply
         return Pending(self.version, sums, packed, batch.report)
-
-    def _logprobs(self, params: Tree, parts: list[list[dict]]) -> list[list[jax.Array]]:
-        return [[self.steps.logprobs(params, micro) for micro in micros] for micros in parts]
 
     def _keep_tokens(self, packed: Packed, proximal: list[jax.Array]) -> list[jax.Array]:
         """What a correction over the whole minibatch keeps; on arrays padded to a few sizes, so as to compile few."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from areal_jax.metrics.clock import Clock
 from areal_jax.transport import messages as m
+from areal_jax.transport.errors import TransportError
 from areal_jax.transport.sockets import HeartbeatThread, SyncClient
 from areal_jax.weights import Publisher
 
@@ -34,6 +35,7 @@ class Link:
       clock: where this process's time goes; sent with every heartbeat.
       heartbeat_seconds: how often.
       told_to_stop: asked while waiting; waiting ends with `Stopped` once it says so.
+      agree: (this process has what it waits for, it is told to stop) -> (all have, one is); for several processes.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class Link:
         *,
         heartbeat_seconds: float = 1.0,
         told_to_stop: Callable[[], bool] = lambda: False,
+        agree: Callable[[bool, bool], tuple[bool, bool]] = lambda ready, stop: (ready, stop),
     ):
         self.name, self.process, self.clock = f"trainer-{process}", process, clock
         self.counters: dict[str, float] = {}
         self.gauges: dict[str, float] = {}
-        self._told_to_stop = told_to_stop
+        self._told_to_stop, self._agree = told_to_stop, agree
         self._workdir = Path(workdir)
         self._client = SyncClient(self.name, workdir, hello=self._hello)
         self._heart = HeartbeatThread(self.name, workdir, self._hello, self._beat, heartbeat_seconds)
@@ -73,20 +76,24 @@ class Link:
     def wait(self, message: m.Message, limit: float, what: str) -> m.AnyMessage:
         """Repeats a request until the answer is not NotReady, in phase "waiting:<what>".
 
+        With several trainer processes all wait for the same thing, and go on, or stop, together.
+
         Raises:
           WaitedTooLong: after `limit` seconds, with the controller's last word.
-          Stopped: when the process was told to end.
+          Stopped: when a process was told to end.
         """
-        started, said = time.monotonic(), "nothing yet"
+        started, reply = time.monotonic(), m.NotReady(waiting_for="nothing yet")
         with self.clock.phase(f"waiting:{what}"):
             while True:
-                if self._told_to_stop():
+                if isinstance(reply, m.NotReady):
+                    reply = self.request(message)
+                ready, stop = self._agree(not isinstance(reply, m.NotReady), self._told_to_stop())
+                if stop:
                     raise Stopped(f"while waiting for {what}")
-                reply = self.request(message)
-                if not isinstance(reply, m.NotReady):
+                if ready:
                     return reply
-                said = reply.waiting_for
                 if time.monotonic() - started > limit:
+                    said = getattr(reply, "waiting_for", "the other trainer processes")
                     raise WaitedTooLong(f"waited {limit:.0f} s for {what}; the controller is waiting for {said}")
 
     def batch(self, version: int, limit: float) -> m.Batch:
@@ -161,3 +168,41 @@ class BackgroundPublisher:
         if self._client is not None:
             self._client.close()
         self.publisher.close()
+
+
+class BackgroundEvaluation:
+    """Asks for the evaluation of a published version in a thread of its own, and keeps the result for later."""
+
+    def __init__(self, workdir: str | os.PathLike, version: int, limit: float):
+        self.version, self.result, self.problem = version, None, ""
+        self._workdir, self._limit = workdir, limit
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        deadline = time.monotonic() + self._limit
+        try:
+            with SyncClient("trainer-evaluation", self._workdir) as client:
+                while self.result is None and not self._end.is_set():
+                    reply = client.request(m.Evaluate(version=self.version), REPLY_SECONDS)
+                    if isinstance(reply, m.EvaluationResult):
+                        self.result = reply
+                    elif time.monotonic() > deadline:
+                        said = getattr(reply, "waiting_for", "")
+                        raise WaitedTooLong(f"waited {self._limit:.0f} s; the controller is waiting for {said}")
+        except (TransportError, WaitedTooLong) as error:
+            self.problem = str(error)
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for the result, or for what went wrong."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """Give up waiting."""
+        self._end.set()
+        self._thread.join(REPLY_SECONDS)

@@ -3,6 +3,7 @@
 Every process of the trainer runs the same story on the same batches. Process 0 alone publishes, writes and decides.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -28,10 +29,9 @@ from areal_jax.trainer.checkpoint import Checkpoints
 from areal_jax.trainer.config import TrainerConfig
 from areal_jax.trainer.guards import Guard
 from areal_jax.trainer.learner import Learner, Pending
-from areal_jax.trainer.link import BackgroundPublisher, Link, Stopped
+from areal_jax.trainer.link import BackgroundEvaluation, BackgroundPublisher, Link, Stopped
 from areal_jax.trainer.steps import CompileCounter
 from areal_jax.transport import messages as m
-from areal_jax.transport.errors import RequestRefused
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ class Settings:
     """All of a run's settings that the trainer needs; made from the config by `__main__`."""
 
     name: str
-    seed: int
     model: str  # folder of the Hugging Face checkpoint that the run begins with
     evaluates: bool  # there is evaluation data
     trainer: TrainerConfig
@@ -73,8 +72,9 @@ class Training:
         self.clock = Clock("starting", trace=trace_path(workdir, f"trainer-{process}"))
         self._told_to_stop = told_to_stop
         self.memory: dict[str, Any] = {"config": settings.config, "wall_seconds": 0.0, "trained_tokens": 0}
+        self._asked = -1  # the version whose evaluation was begun last
         self.pending: tuple[Pending, dict[str, Any]] | None = None
-        self.evaluations: list[int] = []  # versions whose evaluation still runs
+        self.evaluation: BackgroundEvaluation | None = None  # beside training
         self.idle_from: dict[str, float] = {}  # the clock when training began
 
     # -- the story -------------------------------------------------------------------------------------------------
@@ -82,18 +82,21 @@ class Training:
     def run(self) -> bool:
         """Trains until the last step, or until told to stop; whether the run is finished."""
         c = self.settings.trainer
-        alone = c.processes == 1  # with several processes, all must see the wish to stop at the same point
-        with Link(
-            self.workdir,
-            self.process,
-            self.clock,
-            heartbeat_seconds=self.settings.controller.heartbeat_seconds,
-            told_to_stop=self._told_to_stop if alone else lambda: False,
-        ) as self.link:
+        with contextlib.ExitStack() as self.held:
+            self.link = self.held.enter_context(
+                Link(
+                    self.workdir,
+                    self.process,
+                    self.clock,
+                    heartbeat_seconds=self.settings.controller.heartbeat_seconds,
+                    told_to_stop=self._told_to_stop,
+                    agree=distributed.agree,
+                )
+            )
             self.start()
             try:
                 self.begin()
-                while self.learner.version < c.steps and not distributed.any_process(self._told_to_stop()):
+                while self.learner.version < c.steps:
                     message = self.link.batch(self.learner.version, c.batch_timeout)
                     if not message.groups:
                         log.info("the data is used up after %d steps", self.learner.version)
@@ -101,12 +104,6 @@ class Training:
                     self.step(message)
                     if c.checkpoint_every and self.learner.version % c.checkpoint_every == 0:
                         self.save()
-                    if c.eval_every and self.learner.version % c.eval_every == 0:
-                        self.evaluations.append(self.learner.version)
-                    self.poll_evaluations()
-                else:
-                    if self.learner.version < c.steps:
-                        raise Stopped("between two steps")
                 self.end()
                 return True
             except Stopped as stop:
@@ -114,8 +111,6 @@ class Training:
                 self.flush_report()
                 self.save(wait=True)
                 return False
-            finally:
-                self.close()
 
     def start(self) -> None:
         """Loads the model, or everything from the newest checkpoint; compiles nothing yet."""
@@ -126,6 +121,7 @@ class Training:
         options["max_segments"] = learner.max_segments(c)
         options["lora"] = Lora(c.lora_rank) if c.lora_rank else None
         self.checkpoints = Checkpoints(self.workdir / "checkpoints", c.keep_checkpoints)
+        self.held.callback(self.checkpoints.close)
         self.restored = None
         if self.checkpoints.latest() is None:
             model, params = models.load_hf(s.model, mesh=self.mesh, param_dtype=c.param_dtype, **options)
@@ -152,15 +148,14 @@ class Training:
         batch = s.controller.batch_size
         samples = batch * s.controller.group_size
         self.estimator = AdvantageEstimator(c.advantage, c.advantage_args, batch, samples, c.row_length)
-        self.guard = Guard(self.workdir, c.guard, c.equal_rewards_limit)
+        self.guard = Guard(self.workdir if self.first else None, c.guard, c.equal_rewards_limit)
         self.publisher = self.writer = None
         if self.first:
-            self.publisher = BackgroundPublisher(
-                self.workdir, transport=c.weights_transport, address=s.controller.address
-            )
-            self.writer = MetricsWriter(
-                self.workdir, s.metrics.tensorboard, s.metrics.wandb, name=s.name, config=s.config
-            )
+            address = s.controller.address
+            self.publisher = BackgroundPublisher(self.workdir, transport=c.weights_transport, address=address)
+            self.held.callback(self.publisher.close)
+            metrics = (s.metrics.tensorboard, s.metrics.wandb)
+            self.writer = self.held.enter_context(MetricsWriter(self.workdir, *metrics, name=s.name, config=s.config))
 
     def begin(self) -> None:
         """Publishes the first weights, has them evaluated, and meanwhile compiles the training step."""
@@ -169,7 +164,7 @@ class Training:
             self.link.request(m.SetState(version=version, data=self.restored.controller))
         self.restored = None
         self.publish(wait=True)
-        evaluate = self.first and self.settings.evaluates and "accuracy_before" not in self.memory
+        evaluate = self.settings.evaluates and "accuracy_before" not in self.memory
         if evaluate:
             self.link.request(m.Evaluate(version=version))
         with self.clock.phase("compiling"):
@@ -177,7 +172,7 @@ class Training:
             self.learner.warm_up()
         if evaluate:
             self.memory["accuracy_before"] = self.evaluate(version)
-        distributed.any_process(False)  # compiled now, not in the first step
+        distributed.agree(True, False)  # compiled now, not in the first step
         self.compiles.restart()
         self._step_ended = self.clock.totals()
 
@@ -190,6 +185,7 @@ class Training:
         bound = self.settings.controller.max_staleness
         batch = make_batch(message.groups, message.version, self.estimator, max_staleness=bound)
         pending = self.learner.step(batch, before_update=self.wait_for_publisher)
+        self.note_evaluation()  # of the version before, which is published by now
         self.flush_report()  # of the step before, while this one is computed
         jax.block_until_ready(self.learner.state.version)
         self.publish()
@@ -206,10 +202,12 @@ class Training:
         compiled = self.compiles.count
         idle = _since(self.clock.totals(), self.idle_from)
         self.wait_for_publisher()
-        while self.evaluations:
-            self.poll_evaluations(wait=True)
+        if self.evaluation is not None:
+            with self.clock.phase("waiting:evaluation"):
+                self.evaluation.join()
+            self.note_evaluation()
         version = self.learner.version
-        if self.first and self.settings.evaluates:
+        if self.settings.evaluates:
             self.memory["accuracy_after"] = self.evaluate(version)
         self.save(wait=True)
         with self.clock.phase("exporting"):
@@ -253,6 +251,7 @@ class Training:
                 else:
                     for _ in named:  # takes part in the gathering
                         pass
+                distributed.agree(True, False)  # nobody goes on before the controller knows
         elif self.publisher is not None:
             self.publisher.start(version, named)
 
@@ -275,11 +274,13 @@ class Training:
             log.warning("version %d: %s", pending.version, warning)
         if self.publisher is not None:
             report |= self.publisher.timings
-        if self.first:
+        try:
             if problem := self.guard.judge(pending.version, report, pending.packed):
                 report["problem"] = problem
                 log.warning("version %d: %s", pending.version, problem)
-            self.writer.write(pending.version, report)
+        finally:
+            if self.first:
+                self.writer.write(pending.version, report)
 
     def _times(self, seconds: float, tokens: int) -> dict[str, float]:
         """Where the time since the end of the last step went; `seconds` is this step's own."""
@@ -296,37 +297,33 @@ class Training:
         }
 
     def evaluate(self, version: int) -> float:
-        """Accuracy on the evaluation set under exactly this version; waits for it."""
+        """Accuracy on the evaluation set under exactly this version; all processes wait for it."""
         return self._record(
             self.link.wait(m.Evaluate(version=version), self.settings.trainer.batch_timeout, "evaluation")
         )
 
-    def poll_evaluations(self, wait: bool = False) -> None:
-        """Looks after evaluations that run beside training."""
-        if not self.first or not self.evaluations or not self.settings.evaluates:
-            self.evaluations.clear()
+    def note_evaluation(self) -> None:
+        """Records the evaluation that ran beside training, if it has ended; begins the one that is due."""
+        every = self.settings.trainer.eval_every
+        if not (self.first and self.settings.evaluates and every):
             return
-        version = self.evaluations[0]
-        try:
-            if version == self.learner.version:
-                self.wait_for_publisher()  # it can only be asked for once it is published
-            request = m.Evaluate(version=version)
-            reply = (
-                self.link.wait(request, self.settings.trainer.batch_timeout, "evaluation")
-                if wait
-                else (self.link.request(request))
-            )
-        except RequestRefused as refused:
-            log.warning("version %d is not evaluated: %s", version, refused)
-            self.evaluations.pop(0)
-            return
-        if isinstance(reply, m.EvaluationResult):
-            self.evaluations.pop(0)
-            self._record(reply)
+        if self.evaluation is not None and not self.evaluation.running:
+            ended, self.evaluation = self.evaluation, None
+            if ended.result is not None:
+                self._record(ended.result)
+            else:
+                log.warning("version %d was not evaluated: %s", ended.version, ended.problem)
+        published = self.publisher.manifest.version
+        due = published % every == 0 and 0 < published < self.settings.trainer.steps
+        if due and self.evaluation is None and published != self._asked:
+            self._asked = published
+            self.evaluation = BackgroundEvaluation(self.workdir, published, self.settings.trainer.batch_timeout)
+            self.held.callback(self.evaluation.close)
 
     def _record(self, result: m.EvaluationResult) -> float:
         found = {"eval/accuracy": result.accuracy, "eval/samples": result.samples, "eval/failed": result.failed}
-        self.writer.write(result.version, found | {f"eval/{name}": x for name, x in result.metrics.items()})
+        if self.first:
+            self.writer.write(result.version, found | {f"eval/{name}": x for name, x in result.metrics.items()})
         log.info("version %d: accuracy %.3f over %d samples", result.version, result.accuracy, result.samples)
         return result.accuracy
 
@@ -338,14 +335,6 @@ class Training:
             controller = self.link.request(m.GetState(version=self.learner.version))
             memory = self.memory | {"wall_seconds": self.memory["wall_seconds"] + self.clock.age()}
             self.checkpoints.save(self.learner.state, controller.data, memory, wait=wait)
-
-    def close(self) -> None:
-        """Frees what this process holds; nothing of it is needed to go on."""
-        self.checkpoints.close()
-        if self.writer is not None:
-            self.writer.close()
-        if self.publisher is not None:
-            self.publisher.close()
 
 
 def _since(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:

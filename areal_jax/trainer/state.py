@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,8 +39,12 @@ class Optimizer:
         """(what to add to the parameters, the new moments, the learning rate used); optax counts in Python scalars."""
         with jax.numpy_dtype_promotion("standard"):
             rate = jnp.asarray(self.learning_rate(opt_state[0].count), jnp.float32)  # of the updates done before
-            directions, opt_state = self.transform.update(gradients, opt_state, params)
+            directions, opt_state = self.transform.update(gradients, opt_state, _float32(params))
             return jax.tree.map(lambda x: -rate * x, directions), opt_state, rate
+
+    def init(self, params: Tree) -> Tree:
+        """Moments of zero for the trained parameters, float32 whatever the dtype of those."""
+        return self.transform.init(_float32(partition(params, self.trained)[0]))
 
 
 def make_optimizer(config: TrainerConfig) -> Optimizer:
@@ -50,6 +55,10 @@ def make_optimizer(config: TrainerConfig) -> Optimizer:
         optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
     return Optimizer(transform, rate, config.max_grad_norm, is_adapter if config.lora_rank else lambda path: True)
+
+
+def _float32(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def learning_rate(config: TrainerConfig) -> optax.Schedule:
@@ -103,16 +112,13 @@ def merge(trained: Tree, frozen: Tree) -> Tree:
 def create(params: Tree, optimizer: Optimizer, mesh: Mesh, version: int = 0) -> TrainState:
     """The state at the start of a run, moments born on the shards of their parameters."""
     shardings = state_shardings(params, optimizer, mesh)
-    init = jax.jit(
-        lambda p: optimizer.transform.init(partition(p, optimizer.trained)[0]), out_shardings=shardings.opt_state
-    )
-    return TrainState(params, init(params), jax.device_put(jnp.int32(version), shardings.version))
+    init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+    return TrainState(params, init(params), jax.device_put(np.int32(version), shardings.version))
 
 
 def abstract(params: Tree, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with shardings, from abstract parameters that have them: to restore into."""
-    trained = partition(params, optimizer.trained)[0]
-    shapes = TrainState(params, jax.eval_shape(optimizer.transform.init, trained), jax.ShapeDtypeStruct((), jnp.int32))
+    shapes = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
     where = state_shardings(params, optimizer, mesh)
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where)
 
@@ -121,11 +127,10 @@ def state_shardings(params: Tree, optimizer: Optimizer, mesh: Mesh) -> TrainStat
     """The sharding of every leaf of the state; moments lie where their parameters do. `params` may be abstract."""
     replicated = NamedSharding(mesh, PartitionSpec())
     where = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else replicated, params)
-    trained = partition(params, optimizer.trained)[0]
     opt_state = optax.tree_map_params(
         optimizer.transform,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.transform.init, trained),
+        jax.eval_shape(optimizer.init, params),
         partition(where, optimizer.trained)[0],
         transform_non_params=lambda _: replicated,
     )

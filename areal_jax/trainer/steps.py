@@ -86,6 +86,9 @@ class Steps:
         where = state.state_shardings(example.params, optimizer, mesh)
         gradients = state.partition(where.params, optimizer.trained)[0]
         self.logprobs = jax.jit(self._logprobs, out_shardings=self._rows)
+        # The reference is the checkpoint the run began with, which has no adapters.
+        base = model.with_(lora=None)
+        self.reference_logprobs = jax.jit(partial(self._logprobs, model=base), out_shardings=self._rows)
         self.accumulate = jax.jit(self._accumulate, donate_argnums=(1, 2), out_shardings=(gradients, self._replicated))
         self.update = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=(where, gradients, self._replicated))
         self._zeros = jax.jit(
@@ -117,13 +120,13 @@ class Steps:
 
     # -- the three steps -------------------------------------------------------------------------------------------
 
-    def _forward(self, params: Tree, micro: dict[str, jax.Array]):
+    def _forward(self, params: Tree, micro: dict[str, jax.Array], model: Any = None):
         rows = (micro["tokens"], micro["positions"], micro["segment_ids"])
-        return self.model.token_logprobs(params, *rows, self.temperature)
+        return (model or self.model).token_logprobs(params, *rows, self.temperature)
 
-    def _logprobs(self, params: Tree, micro: dict[str, jax.Array]) -> jax.Array:
+    def _logprobs(self, params: Tree, micro: dict[str, jax.Array], model: Any = None) -> jax.Array:
         """Log-probs of a micro-batch under `params`, float32 `[rows, row_length]`: the proximal or reference pass."""
-        return self._forward(params, micro)[0]
+        return self._forward(params, micro, model)[0]
 
     def _accumulate(
         self,
@@ -165,7 +168,7 @@ class Steps:
         clipped = jax.tree.map(lambda g: jnp.where(good, g * scale, 0.0), gradients)
         trained, frozen = state.partition(train_state.params, self.optimizer.trained)
         updates, opt_state, rate = self.optimizer.update(clipped, train_state.opt_state, trained)
-        updated = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), trained, updates)
+        updated = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), trained, updates)
         take = good & apply
         pick = partial(jax.tree.map, lambda new, old: jnp.where(take, new, old))
         new_state = TrainState(

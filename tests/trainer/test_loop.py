@@ -18,7 +18,7 @@ from tests.trainer import fake, toy
 
 def settings_of(config):
     return loop_lib.Settings(
-        name=config["name"], seed=1, model=config["model"], evaluates=True, config=config,
+        name=config["name"], model=config["model"], evaluates=True, config=config,
         trainer=section(TrainerConfig, config["trainer"]),
         controller=section(loop_lib.ControllerConfig, config["controller"]),
         rollout=section(loop_lib.RolloutConfig, config["rollout"]),
