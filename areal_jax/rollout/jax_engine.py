@@ -238,7 +238,7 @@ class JaxEngine:
         rows = self._programs.prefill_rows
         same_width: dict[int, list[Sequence]] = {}
         for sequence in sequences:
-            same_width.setdefault(bucket(self._programs.lengths, sequence.length), []).append(sequence)
+            same_width.setdefault(bucket(self._programs.widths, sequence.length), []).append(sequence)
         self._fit_cache(max(same_width))
         dispatched = [
             self._prefill_few(same[i : i + rows], width)

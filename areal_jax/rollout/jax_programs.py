@@ -42,7 +42,8 @@ class Programs:
 
     def __init__(self, model, *, slots: int, max_length: int, steps: int, prefill_rows: int, dtype: Any):
         self.slots, self.steps, self.prefill_rows = slots, steps, prefill_rows
-        self.lengths = powers_of_two(min(32, max_length), max_length)
+        self.widths = powers_of_two(min(16, max_length), max_length)  # of prefills
+        self.lengths = powers_of_two(min(32, max_length), max_length)  # of the cache
         self._model, self._dtype = model, jnp.dtype(dtype)
         self._functions = _functions(model, steps, self._dtype)
         self._prefill, self._first, self._decode, self._insert, self._resize = self._functions
@@ -73,14 +74,17 @@ class Programs:
         """Compiles every program that can ever be called."""
         rows, few = Rows.idle(self.slots), Rows.idle(self.prefill_rows)
         lengths, nowhere = np.zeros(self.prefill_rows, np.int32), np.full(self.prefill_rows, self.slots, np.int32)
+        parts = {}
+        for width in self.widths:
+            prompts = np.zeros((self.prefill_rows, width), np.int32)
+            parts[width], _, _ = self.prefill(params, prompts, lengths, few)
         for length in self.lengths:
             cache, _, _ = self.decode(params, self.new_cache(length), rows)
-            for width in self.lengths:
-                part, _, _ = self.prefill(params, np.zeros((self.prefill_rows, width), np.int32), lengths, few)
+            for width in self.widths:
                 if width <= length:
-                    cache = self.insert(cache, part, nowhere)
-                if width != length:
-                    self.resize(cache, width)
+                    cache = self.insert(cache, parts[width], nowhere)
+            for other in set(self.lengths) - {length}:
+                self.resize(cache, other)
             jax.block_until_ready(cache)
         self._compiled = self._cached()
 

@@ -16,6 +16,8 @@ from areal_jax.transport.messages import AnyMessage, Message, Score, Verify, Ver
 
 log = logging.getLogger(__name__)
 
+_LOOK = 0.5  # seconds between two looks at the connections while an answer is awaited
+
 
 class Connection(Protocol):
     """One reward service; `transport.client.Client` is one."""
@@ -32,17 +34,18 @@ class Connection(Protocol):
 class _Question:
     message: Verify
     answer: asyncio.Future
-    asked: set[int]  # services that have been sent it
+    asked: dict[int, int]  # services that have been sent it, and which of their connections it was
 
 
 class RewardClients:
-    """Asks the least busy reward service, and another one when that is lost or silent.
+    """Asks the least busy reward service, and again, or another one, when the connection is lost or nothing is heard.
 
     A question may be asked more than once (verifiers are functions of their arguments); the first answer counts.
 
     Args:
       services: connections, opened here.
-      patience: seconds after which an unanswered question is put to another service as well (or to the same again).
+      patience: seconds after which an unanswered question is put to another service as well (or to the same again);
+        where its connection was lost, and there is one again, that happens at once.
       limit: seconds after which a question fails as "verifier_unreachable" or "verifier_silent".
     """
 
@@ -53,6 +56,8 @@ class RewardClients:
         self._numbers = itertools.count(1)
         self._questions: dict[int, _Question] = {}
         self._busy = [0] * len(self._services)
+        self._losses = [0] * len(self._services)  # how often each connection was lost
+        self._gone = [False] * len(self._services)
         self._readers: list[asyncio.Task] = []
 
     async def verify(
@@ -66,15 +71,15 @@ class RewardClients:
             request=number, record=record, prompt=prompt, completion=completion,
             prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
         )  # fmt: skip
-        question = _Question(message, asyncio.get_running_loop().create_future(), set())
+        question = _Question(message, asyncio.get_running_loop().create_future(), {})
         self._questions[number] = question
         self.counts["verifications"] += 1
         try:
             async with asyncio.timeout(self.limit):
-                while not question.answer.done():
+                await self._ask(question)
+                while not await self._answered(question):
+                    self.counts["verifications_repeated"] += 1
                     await self._ask(question)
-                    await asyncio.wait([question.answer], timeout=self.patience)
-                    self.counts["verifications_repeated"] += not question.answer.done()
             return question.answer.result()
         except TimeoutError:
             self.counts["verifications_unanswered"] += 1
@@ -88,6 +93,31 @@ class RewardClients:
             for i in question.asked:
                 self._busy[i] -= 1
 
+    @property
+    def lost(self) -> int:
+        """How many connections were found lost so far."""
+        return sum(self._losses)
+
+    async def _answered(self, question: _Question) -> bool:
+        """Waits for the answer; False when it is time to ask again."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.patience
+        while (left := deadline - loop.time()) > 0:
+            await asyncio.wait([question.answer], timeout=min(left, _LOOK))
+            if question.answer.done():
+                return True
+            self._look()
+            lost = all(self._losses[i] > losses for i, losses in question.asked.items())
+            if lost and not all(self._gone):
+                return False
+        return False
+
+    def _look(self) -> None:
+        for i, service in enumerate(self._services):
+            gone = service.disconnected_for > 0
+            self._losses[i] += gone and not self._gone[i]
+            self._gone[i] = gone
+
     async def _ask(self, question: _Question) -> None:
         """Sends the question to the service that is connected, has not had it yet, and has the least to do."""
 
@@ -95,9 +125,8 @@ class RewardClients:
             return self._services[i].disconnected_for > 0, i in question.asked, self._busy[i]
 
         i = min(range(len(self._services)), key=cost)
-        if i not in question.asked:
-            question.asked.add(i)
-            self._busy[i] += 1
+        self._busy[i] += i not in question.asked
+        question.asked[i] = self._losses[i]
         try:
             await self._services[i].send(question.message)
         except TransportError as error:  # it will be asked again

@@ -235,17 +235,20 @@ def test_a_silent_reward_service_is_replaced_by_another(tmp_path):
     play(World(tmp_path, services=2, patience=0.05), story)
 
 
-def test_a_restarted_reward_service_is_asked_again(tmp_path):
+@pytest.mark.parametrize("patience", [0.2, 1000.0])  # by its silence, or by the lost connection
+def test_a_restarted_reward_service_is_asked_again(tmp_path, patience):
     async def story(world):
         await world.welcome()
         await world.assign("x")
         await world.question()
         world.rewards[0].close()
+        while not (world.worker.verifier.lost or world.worker.verifier.counts["verifications_repeated"]):
+            await world.heartbeat("waiting:rewards")
         world.rewards[0] = Server("tcp://127.0.0.1:*", "rewards-0", tmp_path)
         await world.score(1.0)
         assert (await world.receive(SampleDone)).trajectories[0].reward == 1.0
 
-    play(World(tmp_path, patience=0.2), story)
+    play(World(tmp_path, patience=patience), story)
 
 
 def test_reward_services_that_never_answer_are_a_named_failure(tmp_path):
