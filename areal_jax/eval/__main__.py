@@ -35,7 +35,7 @@ from ml_collections import ConfigDict
 from areal_jax import config as configs
 from areal_jax.config import ConfigError
 from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import render_prompt
+from areal_jax.data.prompts import fitting, prompt_limit, render_prompt
 from areal_jax.data.readers import DataError, load_dataset
 from areal_jax.eval.judge import LocalVerifier
 from areal_jax.eval.report import PROBLEMS, Writer, summary_of, table
@@ -103,12 +103,16 @@ def numbers_of(text: str) -> list[int]:
         raise ConfigError(f"--ks={text}: write whole numbers with commas, as in --ks=1,8,64") from None
 
 
-def records_of(config: dict[str, Any]) -> list[dict]:
-    """The problems to evaluate, as a run does it: the first `data.eval_limit` of the data set."""
+def records_of(config: dict[str, Any], tokenizer: Any) -> list[dict]:
+    """The problems to evaluate, as a run chooses them: the first `data.eval_limit` of those that are not too long."""
     data = configs.section(DataConfig, config["data"])
     if not data.eval:
         raise ConfigError("no data to evaluate on: give --data=FILE (data.eval)")
     dataset = load_dataset(data.eval, data)
+    if data.too_long == "skip":
+        dataset = fitting(dataset, tokenizer, data, prompt_limit(config))
+    if not len(dataset):
+        raise ConfigError(f"all prompts of '{data.eval}' are longer than {prompt_limit(config)} tokens")
     count = min(data.eval_limit or len(dataset), len(dataset))
     return [dataset[i] for i in range(count)]
 
@@ -175,8 +179,11 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     if not os.path.isdir(config["model"]):
         raise ConfigError(f"the model folder '{config['model']}' does not exist; give --model=DIR")
     tokenizer = validate.load_tokenizer(config["model"])
-    records = records_of(config)
-    if not {"run", "config"} & own.keys() and not any("rollout.max_length" in word for word in arguments):
+    free = not {"run", "config"} & own.keys() and not any("rollout.max_length" in word for word in arguments)
+    if free:  # as long as it has to be
+        config["rollout"]["max_length"] = sys.maxsize
+    records = records_of(config, tokenizer)
+    if free:
         data = configs.section(DataConfig, config["data"])
         longest = max(len(render_prompt(record, tokenizer, data)) for record in records)
         config["rollout"]["max_length"] = longest + config["rollout"]["max_new_tokens"]
