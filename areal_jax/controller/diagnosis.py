@@ -30,8 +30,8 @@ def waiting_for(core: Core, now: float) -> str:
             missing = sum(sample.trajectories is None for sample in group.samples)
             due = group.oldest + core.config.max_staleness
             return (
-                f"group {group.number}, begun at version {group.oldest} and due by step {due}: {missing} samples run on "
-                f"{', '.join(names) or 'nobody'} (over_age='wait')"
+                f"group {group.number}, begun at version {group.oldest} and due by step {due}: {missing} samples run "
+                f"on {', '.join(names) or 'nobody'} (over_age='wait')"
             )
     busy = [worker for worker in core.fleet if worker.running or worker.evaluating or worker.updating is not None]
     text = "; ".join(_worker(core, worker, now) for worker in busy[:SHOWN])

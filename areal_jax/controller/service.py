@@ -119,6 +119,7 @@ class Service:
                 self._end_at = self._end_at or now + LAST_WORDS
                 if self._journal is not None:
                     self._journal.remove()
+                    self._journal = None
                 return m.Status(data=report)
         return m.Refused(reason=f"the controller does not take {type(message).__name__}")
 
@@ -195,7 +196,7 @@ class Service:
 
     def _write_journal(self, now: float) -> None:
         self._spool()
-        if self._journal is not None and not self.core.finished:
+        if self._journal is not None:
             self._journal.write(self.core)
         self._journaled_at, self._dirty = now, False
 

@@ -2,12 +2,19 @@
 
 import asyncio
 
+import zmq
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
 from areal_jax.controller.config import ControllerConfig
 from areal_jax.controller.core import Core
+from areal_jax.controller.journal import Journal
 from areal_jax.controller.service import Service
 from areal_jax.transport import messages as m
-from areal_jax.transport.endpoints import make_keys
+from areal_jax.transport import wire
+from areal_jax.transport.endpoints import make_keys, read_endpoint
 from areal_jax.transport.sockets import Client, Server, SyncClient
+from tests.transport.hostile import malformed, opens
 
 from .simulation import manifest, trajectory
 
@@ -33,11 +40,12 @@ class NetWorker:
                             await client.send(m.SampleDone(self.name, task.group, task.sample, task.attempt, done))
                     case m.UpdateWeights():
                         self.version = message.manifest.version
-                        await client.send(m.WeightsLoaded(name=self.name, version=self.version))
+                        at = message.manifest.published_at
+                        await client.send(m.WeightsLoaded(name=self.name, version=self.version, published_at=at))
                     case m.Shutdown():
+                        beats.cancel()
                         await client.send(m.Goodbye(name=self.name))
                         client.close(flush=1.0)
-            beats.cancel()
 
     async def beat(self, client):
         while True:
@@ -46,10 +54,10 @@ class NetWorker:
             await asyncio.sleep(0.05)
 
 
-def train(workdir, steps):
-    """A trainer: evaluate, then for each step take a batch and publish."""
+def train(workdir, steps, between=lambda step: None):
+    """A trainer: evaluate, then for each step take a batch and publish; `between` the two, something may happen."""
     consumed, replies = [], []
-    with SyncClient("trainer-0", workdir) as client:
+    with SyncClient("trainer-0", workdir, resend=0.2) as client:
 
         def ask(message):
             for _ in range(100):
@@ -62,6 +70,7 @@ def train(workdir, steps):
         replies.append(ask(m.Evaluate(0)))
         for step in range(steps):
             consumed.append(ask(m.GetBatch(step)))
+            between(step)
             replies.append(ask(m.Publish(manifest(step + 1))))
         replies.append(ask(m.GetState(steps)))
         replies.append(ask(m.GetStatus()))
@@ -69,13 +78,103 @@ def train(workdir, steps):
     return consumed, replies
 
 
-def test_a_whole_run_over_sockets(tmp_path):
+CONFIG = ControllerConfig(batch_size=4, group_size=2, max_staleness=2, heartbeat_seconds=0.1)
+RECORDS = [{"prompt": str(i)} for i in range(16)]
+
+
+async def controller(workdir, incarnation=0):
+    """One life of the controller process, as `areal_jax.controller.__main__` lives it."""
+    clock = asyncio.get_running_loop().time
+    core = Core(CONFIG, RECORDS, RECORDS[:3], incarnation=incarnation, now=clock())
+    journal = Journal(workdir)
+    recovered = journal.recover(core, clock())
+    assert recovered == (incarnation > 0)
+    async with Server("tcp://127.0.0.1:*", "controller", workdir) as server:
+        return await Service(core, server, "test", clock, journal).run()
+
+
+def test_a_killed_controller_is_followed_by_one_that_knows_everything(tmp_path):
+    """Killed twice in the middle of a step: the run goes on, and every prompt is trained on once per epoch."""
     make_keys(tmp_path)
-    config = ControllerConfig(batch_size=4, group_size=2, max_staleness=2, heartbeat_seconds=0.1)
-    records = [{"prompt": str(i)} for i in range(16)]
 
     async def body():
-        core = Core(config, records, records[:3], now=asyncio.get_running_loop().time())
+        loop = asyncio.get_running_loop()
+        lives = [loop.create_task(controller(tmp_path))]
+
+        async def kill():
+            lives[-1].cancel()
+            await asyncio.wait([lives[-1]])
+            lives.append(loop.create_task(controller(tmp_path, len(lives))))
+
+        def between(step):
+            if step in (2, 4):
+                asyncio.run_coroutine_threadsafe(kill(), loop).result(10)
+
+        workers = [asyncio.create_task(NetWorker(f"rollout-{i}", tmp_path).run()) for i in range(2)]
+        consumed, replies = await asyncio.to_thread(train, tmp_path, 8, between)
+        await asyncio.gather(lives[-1], *workers)
+        assert len(lives) == 3 and lives[-1].result() is None
+        return consumed, replies[-1].data
+
+    consumed, final = asyncio.run(asyncio.wait_for(body(), 60))
+    seen = [(group.epoch, group.record_index) for batch in consumed for group in batch.groups]
+    assert len(set(seen)) == len(seen) == 32
+    assert final["trained_samples"] == 64 and sum(final["staleness_histogram"].values()) == 32
+    assert final["max_staleness"] <= 2
+    assert not (tmp_path / "controller").exists(), "the journal goes with the run"
+
+
+def test_damaged_messages_change_nothing(tmp_path):
+    """Thousands of malformed messages, muted peers and strangers' results, while a run goes on beside them."""
+    frames = []
+
+    @settings(max_examples=100, derandomize=True, deadline=None, phases=[Phase.generate])
+    @given(st.lists(malformed(), min_size=20, max_size=30))
+    def collect(batch):
+        frames.extend(parts for parts in batch if not opens(parts))
+
+    collect()
+    assert len(frames) > 1500
+
+    context = zmq.Context()
+
+    def attack(step):
+        for start in range(0, len(frames), 90):
+            sock = context.socket(zmq.DEALER)
+            sock.setsockopt(zmq.IDENTITY, b"evil/%d.%d" % (step, start))
+            sock.connect(read_endpoint(tmp_path, "controller"))
+            for parts in frames[start : start + 90]:
+                sock.send_multipart(parts or [b""])
+            stranger = m.SampleDone("rollout-0", 0, 0, 1, [trajectory([0], reward=99.0)])
+            sock.send_multipart(wire.frames(9, 2**63, 0, stranger, wire.MAX_BYTES))
+        with SyncClient("watcher", tmp_path) as watcher:
+            while watcher.request(m.GetStatus(), 10).data["refused"].get("malformed", 0) < (step + 1) * len(frames):
+                pass
+
+    async def body():
+        running = asyncio.create_task(controller(tmp_path))
+        workers = [asyncio.create_task(NetWorker(f"rollout-{i}", tmp_path).run()) for i in range(2)]
+        consumed, replies = await asyncio.to_thread(train, tmp_path, 5, attack)
+        assert await running is None
+        await asyncio.gather(*workers)
+        return consumed, replies[-1].data
+
+    try:
+        consumed, final = asyncio.run(asyncio.wait_for(body(), 100))
+    finally:
+        context.destroy(linger=0)
+    seen = [(group.epoch, group.record_index) for batch in consumed for group in batch.groups]
+    assert len(set(seen)) == len(seen) == 20
+    samples = [sample for batch in consumed for group in batch.groups for sample in group.samples]
+    assert all(sample[0].reward != 99.0 for sample in samples), "a stranger spoke in a worker's name"
+    assert final["failed"] == {} and final["workers_died"] == 0
+    assert final["refused"]["malformed"] == 5 * len(frames) > 10_000
+
+
+def test_a_whole_run_over_sockets(tmp_path):
+    make_keys(tmp_path)
+    async def body():
+        core = Core(CONFIG, RECORDS, RECORDS[:3], now=asyncio.get_running_loop().time())
         async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
             service = Service(core, server, "test", asyncio.get_running_loop().time)
             workers = [NetWorker(f"rollout-{i}", tmp_path) for i in range(2)]
