@@ -70,7 +70,7 @@ def median(rows: list[dict]) -> dict:
 def table(results: list[dict]) -> str:
     base = next((r["tokens_per_second"] for r in results if r["mode"] == "sync"), None)
     lines = [
-        "| mode | trained tokens/s | to sync | training seconds | trainer idle | rollout idle | accuracy | lag at most |",
+        "| mode | trained tokens/s | to sync | training seconds | trainer idle | rollout idle | accuracy | lag ≤ |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
