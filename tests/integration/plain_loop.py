@@ -3,7 +3,7 @@
     python tests/integration/plain_loop.py WORKDIR OUT
 
 repeats the run in WORKDIR (its config.json) without controller, sockets, processes or published weights, and writes the
-losses of each step to OUT/steps.json and the final checkpoint to OUT/export. Engine slots and order of requests differ
+losses of each step to OUT/steps.json and the final checkpoint to OUT/export. Dispatch length and order of requests differ
 from the run's on purpose: they must not matter.
 """
 
@@ -75,7 +75,7 @@ def main(workdir: str, out: str) -> None:
     engine = JaxEngine(
         player,
         lambda _: (jax.tree.map(jnp.copy, pupil.state.params), {}),  # straight from the trainer
-        slots=max(1, rollout.slots // 3),
+        slots=rollout.slots,  # the shape of its products; what is in them must not matter
         max_length=rollout.max_length,
         steps_per_dispatch=5,
     )
@@ -118,7 +118,7 @@ def main(workdir: str, out: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [{k: v for k, v in report.items() if isinstance(v, (int, float))} for report in reports]
     (folder / "steps.json").write_text(json.dumps(numbers))
-    models.export_hf(model, pupil.state.params, folder / "export", source=config["model"])
+    models.export_hf(model, pupil.state.params, folder / "export", source=config["model"], dtype=train.publish_dtype)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ TOY = ROOT / "configs" / "toy"
 def environment() -> dict[str, str]:
     """A user's environment: none of the test suite's settings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST_"))}
-    return kept | {"JAX_PLATFORMS": "cpu"}
+    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 def python(*arguments, timeout: float) -> subprocess.CompletedProcess:
