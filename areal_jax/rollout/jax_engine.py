@@ -58,6 +58,8 @@ class JaxEngine:
       kv_policy: on new weights, "recompute" the caches of unfinished sequences, or "keep" them.
       interruptible: False finishes the running sequences (no new ones begin) before new weights are taken.
       dtype: of the cache.
+      exact: give the cache one length for all time; sums then have one order, and log-probs do not depend on company or
+        schedule to the last bit. Short sequences pay for `max_length`.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class JaxEngine:
         kv_policy: str = "recompute",
         interruptible: bool = True,
         dtype: Any = "float32",
+        exact: bool = False,
     ):
         if kv_policy not in ("recompute", "keep"):
             raise ValueError(f"kv_policy is {kv_policy!r}; it must be 'recompute' or 'keep'")
@@ -90,8 +93,9 @@ class JaxEngine:
         self.on_change: Callable[[], None] | None = None
         self._load = load
         self._programs = Programs(
-            model, slots=slots, max_length=max_length, steps=steps_per_dispatch, prefill_rows=prefill_rows, dtype=dtype
-        )
+            model, slots=slots, max_length=max_length, steps=steps_per_dispatch, prefill_rows=prefill_rows, dtype=dtype,
+            exact=exact,
+        )  # fmt: skip
         self._counts: Counter[str] = Counter()
         # Shared with the callers' threads, under the lock: what is still owed, and why nothing more will come.
         self._lock = threading.Lock()
@@ -378,5 +382,6 @@ def make_jax_engine(config: RolloutConfig, model_path: str, workdir: str | os.Pa
         kv_policy=config.kv_policy,
         interruptible=config.interruptible,
         dtype=config.dtype,
+        exact=config.exact,
         **config.engine_args,
     )

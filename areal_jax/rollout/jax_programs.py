@@ -40,10 +40,12 @@ class Programs:
     `prefill(params, cache, tokens, lengths, slots)` and `decode(params, cache, tokens, positions)`.
     """
 
-    def __init__(self, model, *, slots: int, max_length: int, steps: int, prefill_rows: int, dtype: Any):
+    def __init__(
+        self, model, *, slots: int, max_length: int, steps: int, prefill_rows: int, dtype: Any, exact: bool = False
+    ):
         self.slots, self.steps, self.prefill_rows = slots, steps, prefill_rows
         self.widths = powers_of_two(min(16, max_length), max_length)  # of prefills
-        self.lengths = powers_of_two(min(32, max_length), max_length)  # of the cache
+        self.lengths = (max_length,) if exact else powers_of_two(min(32, max_length), max_length)  # of the cache
         self._model, self._dtype = model, jnp.dtype(dtype)
         self._functions = _functions(model, steps, self._dtype)
         self._prefill, self._first, self._decode, self._insert, self._resize = self._functions

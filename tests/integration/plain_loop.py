@@ -78,6 +78,7 @@ def main(workdir: str, out: str) -> None:
         slots=rollout.slots,  # the shape of its products; what is in them must not matter
         max_length=rollout.max_length,
         steps_per_dispatch=5,
+        exact=True,
     )
     verifier = Recipe(config["rewards"])
 
