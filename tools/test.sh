@@ -17,4 +17,5 @@ venv=${VENV:-.venv}
 export PATH="$PWD/$venv/bin:$PATH"
 ruff check .
 lint-imports
+export REQUIRE_VLLM=1  # what was installed above must not be skipped
 exec python -m pytest "${select[@]}" "$@"
