@@ -103,10 +103,14 @@ class VllmEngine:
         self._counters = dict.fromkeys(("tokens_generated", "tokens_prefilled", "tokens_recomputed", "requests"), 0)
 
     async def start(self, manifest: Manifest) -> None:
-        """Start vLLM (20 seconds and more), load the first weights, and generate once to warm up."""
-        self._death = asyncio.get_running_loop().create_future()
-        self._llm = await asyncio.to_thread(_create, self._args)
-        self._watch = asyncio.create_task(self._watch_engine())
+        """Start vLLM (20 seconds and more), load the first weights, and generate once to warm up.
+
+        Refused weights (`WeightsRefused`) leave vLLM running: call it again with others.
+        """
+        if self._llm is None:
+            self._death = asyncio.get_running_loop().create_future()
+            self._llm = await asyncio.to_thread(_create, self._args)
+            self._watch = asyncio.create_task(self._watch_engine())
         await self._unless_dead(self._load(manifest))
         warm_up = Sampling(max_new_tokens=min(2, self.max_length - 1))
         await self.generate(Request(tokens=np.zeros(1, np.int32), sampling=warm_up, key=(0, 0, 0)))
@@ -146,7 +150,10 @@ class VllmEngine:
             return await self._unless_dead(self._load(manifest))
 
     def stats(self) -> dict[str, float]:
-        return {**self._counters, "running": self._running, "waiting": self._waiting, "version": self.version}
+        """Counts of tokens and requests that are done; raises `EngineDied`, so that a dead idle engine is noticed."""
+        if self._death is not None and self._death.done():
+            self._death.result()
+        return {**self._counters, "running": self._running, "waiting": self._waiting}
 
     async def close(self) -> None:
         """End vLLM's processes; requests in flight raise `EngineDied`."""

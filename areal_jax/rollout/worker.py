@@ -175,7 +175,10 @@ class Worker:
                 await asyncio.wait_for(self._welcomed.wait(), 1.0)
         while True:
             self._watch_connection()
-            stats = self.engine.stats()
+            try:
+                stats = self.engine.stats()
+            except EngineDied as death:
+                return self.stop(ENGINE_DIED, str(death))
             momentary = ("running", "waiting")
             counters = {name: value for name, value in stats.items() if name not in momentary}
             gauges = {name: stats[name] for name in momentary if name in stats}

@@ -123,5 +123,7 @@ def test_a_killed_engine_is_reported_to_all_who_wait(harness):
         harness.run(harness.engine.generate(harness.request(5, 5)), timeout=30)
     with pytest.raises(EngineDied):
         harness.run(harness.engine.update_weights(harness.publish(harness.engine.version + 1)), timeout=30)
+    with pytest.raises(EngineDied):
+        harness.engine.stats()
     harness.run(harness.engine.close())
     assert not vllm_processes()
