@@ -146,7 +146,8 @@ def test_promises_hold_in_every_interleaving(config, prompts, rolling, history):
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.timeout(1800)
+@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(config=configs, prompts=st.integers(1, 12), rolling=st.booleans(), history=events)
 def test_promises_hold_in_thousands_of_interleavings(config, prompts, rolling, history):
     run(config, prompts, rolling, history)
