@@ -15,7 +15,7 @@ def _functions(model):
     return jax.jit(model.prefill, donate_argnums=1), jax.jit(model.decode, donate_argnums=1)
 
 
-FAST = ("mistral", "qwen3-moe")
+FAST = ("mistral",)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,9 @@ def test_prefill_and_decode_equal_the_full_forward(name):
         np.testing.assert_allclose(np.stack(got)[:, row], want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", *(pytest.param(n, marks=pytest.mark.slow) for n in FAST)])
+@pytest.mark.parametrize(
+    "name", ["qwen2-tied", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "qwen3-moe"))]
+)
 def test_a_slot_does_not_depend_on_the_others_bit_for_bit(name):
     model, params = tiny.model_and_params(name)
     prefill, decode = _functions(model)

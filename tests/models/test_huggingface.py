@@ -18,7 +18,13 @@ transformers = pytest.importorskip("transformers")
 LENGTH = 520  # long enough that a wrong rotary frequency shows
 
 
-@pytest.fixture(scope="module", params=tiny.CONFIGS)
+VARIANTS = ("qwen2-untied", "qwen2-window", "llama-linear")  # of families that are there already
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in tiny.CONFIGS],
+)
 def checkpoint(request, tmp_path_factory):
     """(name, folder, the transformers model) of a random checkpoint, written by transformers itself."""
     folder = tmp_path_factory.mktemp(request.param)
