@@ -47,7 +47,7 @@ class VllmEngine:
       seed: of vLLM's own generator; must differ between the workers of a run. vLLM's samples depend on its schedule:
         only their distribution is reproducible.
       workdir: the run's folder; weights from other hosts need it.
-      weights_timeout: seconds to wait for a version's bytes.
+      weights_timeout: seconds to wait for a version's bytes, and the longest that a load may take.
       engine_args: more of vLLM's engine arguments, by name (tensor_parallel_size, gpu_memory_utilization, ...).
     """
 
@@ -186,8 +186,6 @@ class VllmEngine:
         return f"version {self.version}"
 
     async def _load(self, manifest: Manifest) -> dict[str, float]:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
         if self._layout is not None:
             same_layout(self._layout, manifest)
         with await asyncio.to_thread(open_version, manifest, workdir=self._workdir, timeout=self._timeout) as version:
@@ -202,19 +200,7 @@ class VllmEngine:
                 with _timed(timings, "pause"):
                     self._admitting.clear()
                     self._set_paused(True)
-                    await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
-                    await self._llm.start_weight_update()
-                    await self._llm.update_weights(WeightTransferUpdateRequest({"version": manifest.version}))
-                    await self._llm.finish_weight_update(str(manifest.version))
-                    self.version = manifest.version
-                    await self._llm.resume_generation()
-            except BaseException as error:
-                # Parameters may be half old, half new: nothing may be sampled from them.
-                died = EngineDied(f"version {manifest.version} could not be loaded: {error!r}")
-                self._die(died)
-                if not isinstance(error, Exception):
-                    raise
-                raise died from error
+                    await self._swap(manifest.version)
             finally:
                 self._set_paused(False)
                 self._admitting.set()
@@ -222,6 +208,26 @@ class VllmEngine:
         loads = await self._llm.collective_rpc("areal_jax_weight_timings")
         timings["load"] = max(rank["load"] for rank in loads)
         return timings
+
+    async def _swap(self, version: int) -> None:
+        """Stop generation, load what the workers have opened, go on. An engine that fails half-way is dead."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
+                await self._llm.start_weight_update()
+                await self._llm.update_weights(WeightTransferUpdateRequest({"version": version}))
+                await self._llm.finish_weight_update(str(version))
+                self.version = version
+                await self._llm.resume_generation()
+        except BaseException as error:
+            # Parameters may be half old, half new: nothing may be sampled from them.
+            died = EngineDied(f"version {version} could not be loaded: {error!r}")
+            self._die(died)
+            if not isinstance(error, Exception):
+                raise
+            raise died from error
 
     def _set_paused(self, paused: bool) -> None:
         if paused != self.paused:
@@ -301,9 +307,10 @@ def _completion(output: Any) -> Completion:
         versions[span.start : span.end] = int(span.version)
     first = output.logprobs.start_indices  # of each position: the sampled token comes first
     logprobs = np.asarray(output.logprobs.logprobs, np.float32)[first]
-    if len(logprobs) != len(tokens) or (versions < 0).any():
-        raise RuntimeError(f"vLLM gave {len(tokens)} tokens, {len(logprobs)} log-probs, versions {versions.tolist()}")
-    return Completion(tokens=tokens, logprobs=logprobs, versions=versions, finish_reason=output.finish_reason)
+    end = output.finish_reason
+    if len(logprobs) != len(tokens) or (versions < 0).any() or end not in ("stop", "length"):
+        raise RuntimeError(f"vLLM gave {len(tokens)} tokens, {len(logprobs)} log-probs, {versions.tolist()}, {end!r}")
+    return Completion(tokens=tokens, logprobs=logprobs, versions=versions, finish_reason=end)
 
 
 def _create(args: dict[str, Any]) -> AsyncLLM:
