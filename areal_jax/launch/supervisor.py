@@ -76,7 +76,7 @@ class Supervisor:
     ):  # fmt: skip
         self._processes = {role.name: _Process(role) for role in roles}
         self._leaders = list(leaders)
-        self._logs = Path(workdir) / "logs"
+        self._workdir, self._logs = Path(workdir).resolve(), Path(workdir) / "logs"
         self._grace, self._farewell, self._tell = grace, farewell, tell
         self._guardian: subprocess.Popen | None = None
         self._signals = 0
@@ -105,7 +105,7 @@ class Supervisor:
     def start(self) -> None:
         """Start the guardian and every role."""
         self._logs.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace)]
+        guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace), str(self._workdir)]
         self._guardian = subprocess.Popen(guard, stdin=subprocess.PIPE, text=True, process_group=0, env=_own_env())
         for process in self._processes.values():
             self._spawn(process)

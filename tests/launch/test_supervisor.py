@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor, describe_exit, diagnosis
+from areal_jax.weights import store
 
 FOREVER = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); signal.pause()"
 CRASH = "raise ValueError('the shape is wrong')"
@@ -151,10 +152,13 @@ def test_nothing_is_left_when_the_supervisor_itself_is_killed(tmp_path):
     me = psutil.Process(process.pid)
     while len(children := me.children(recursive=True)) < 4:  # guardian, trainer, x and its child
         assert process.poll() is None
+    weights = store.make_private(store.run_folder(tmp_path))
+    (weights / "a version").touch()
     process.kill()
     process.wait()
     _, left = psutil.wait_procs(children, timeout=30)
     assert not left, left
+    assert not weights.exists()
 
 
 @pytest.mark.parametrize(
