@@ -30,6 +30,7 @@ def get_config():
     c.launch.compile_cache = "runs/.compiled"  # the next start compiles nothing
 
     c.trainer.steps = 80
+    c.trainer.eval_every = 20
     c.trainer.proximal = "fused"  # exact and free with one minibatch
     c.trainer.row_length = 128
     c.trainer.rows = 32

@@ -107,7 +107,7 @@ def timeline(workdir: Path, path: Path) -> Path | None:
     if not spans:
         return None
     zero = min(span["start"] for found in spans.values() for span in found)
-    figure, axis = plt.subplots(figsize=(10, 0.6 + 0.5 * len(spans)))
+    figure, axis = plt.subplots(figsize=(10, 1.4 + 0.4 * len(spans)))
     seen: dict[str, str] = {}
     for place, (_, found) in enumerate(spans.items()):
         for span in found:
@@ -118,7 +118,8 @@ def timeline(workdir: Path, path: Path) -> Path | None:
             axis.barh(place, span["end"] - span["start"], left=span["start"] - zero, color=seen[label], height=0.8)
     axis.set_yticks(range(len(spans)), list(spans))
     axis.set(xlabel="seconds", title="Who did what")
-    axis.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in seen.values()], list(seen), frameon=False, ncols=4)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in seen.values()]
+    axis.legend(patches, list(seen), frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.35))
     return _save(figure, path)
 
 
