@@ -82,11 +82,15 @@ class Link:
           WaitedTooLong: after `limit` seconds, with the controller's last word.
           Stopped: when a process was told to end.
         """
+        return self.until(lambda: self.request(message), limit, what)
+
+    def until(self, ask: Callable[[], m.AnyMessage | None], limit: float, what: str) -> m.AnyMessage | None:
+        """As `wait`, for anything that can be asked in a moment; asks until the answer is not NotReady."""
         started, reply = time.monotonic(), m.NotReady(waiting_for="nothing yet")
         with self.clock.phase(f"waiting:{what}"):
             while True:
                 if isinstance(reply, m.NotReady):
-                    reply = self.request(message)
+                    reply = ask()
                 ready, stop = self._agree(not isinstance(reply, m.NotReady), self._told_to_stop())
                 if stop:
                     raise Stopped(f"while waiting for {what}")
@@ -175,6 +179,7 @@ class BackgroundEvaluation:
 
     def __init__(self, workdir: str | os.PathLike, version: int, limit: float):
         self.version, self.result, self.problem = version, None, ""
+        self.waiting_for = "the controller"
         self._workdir, self._limit = workdir, limit
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
@@ -188,19 +193,24 @@ class BackgroundEvaluation:
                     reply = client.request(m.Evaluate(version=self.version), REPLY_SECONDS)
                     if isinstance(reply, m.EvaluationResult):
                         self.result = reply
-                    elif time.monotonic() > deadline:
-                        said = getattr(reply, "waiting_for", "")
-                        raise WaitedTooLong(f"waited {self._limit:.0f} s; the controller is waiting for {said}")
+                        return
+                    self.waiting_for = getattr(reply, "waiting_for", "")
+                    if time.monotonic() > deadline:
+                        raise WaitedTooLong(
+                            f"waited {self._limit:.0f} s; the controller is waiting for {self.waiting_for}"
+                        )
         except (TransportError, WaitedTooLong) as error:
             self.problem = str(error)
 
     @property
     def running(self) -> bool:
+        """Whether there is neither a result nor a problem yet."""
         return self._thread.is_alive()
 
-    def join(self) -> None:
-        """Wait for the result, or for what went wrong."""
-        self._thread.join()
+    def poll(self, seconds: float = 0.2) -> m.NotReady | None:
+        """NotReady while it runs; waits for at most so many seconds."""
+        self._thread.join(seconds)
+        return m.NotReady(waiting_for=self.waiting_for) if self.running else None
 
     def close(self) -> None:
         """Give up waiting."""

@@ -202,10 +202,9 @@ class Training:
         compiled = self.compiles.count
         idle = _since(self.clock.totals(), self.idle_from)
         self.wait_for_publisher()
-        if self.evaluation is not None:
-            with self.clock.phase("waiting:evaluation"):
-                self.evaluation.join()
-            self.note_evaluation()
+        limit = self.settings.trainer.batch_timeout
+        self.link.until(lambda: self.evaluation.poll() if self.evaluation else None, 2 * limit, "evaluation")
+        self.note_evaluation()
         version = self.learner.version
         if self.settings.evaluates:
             self.memory["accuracy_after"] = self.evaluate(version)
