@@ -105,10 +105,11 @@ class Evaluations:
         self.manifest = newest
         return None
 
-    def pins(self, fleet: Fleet, now: float) -> tuple[set[str], list[Worker]]:
-        """(workers that must keep the version, workers that should load it although there is a newer one).
+    def pins(self, fleet: Fleet, newest: int, now: float) -> tuple[set[str], list[Worker]]:
+        """(workers that must keep the version, workers that should load it although there is a newer one, `newest`).
 
-        A quarter of the workers that have the version, one at least, keep it while there are problems to hand out.
+        A quarter of the workers that have the version, one at least, keep it while there are problems to hand out. A
+        publisher keeps the bytes of its two newest versions only, so an older one cannot be loaded any more.
         """
         running = self.current
         if running is None or not running.queued:
@@ -119,10 +120,11 @@ class Evaluations:
         if any(worker.updating == running.version for worker in fleet):
             return set(), []
         idle = [worker for worker in fleet if worker.updating is None and not worker.evaluating]
-        older = [worker for worker in idle if worker.version < running.version]
+        available = running.version >= newest - 1
+        older = [worker for worker in idle if worker.version < running.version and available]
         if idle and not older and not running.running:
             reason = (
-                f"no worker has version {running.version} any more, and none is older: evaluate right after Publish"
+                f"no worker has version {running.version}, and none can load it any more: evaluate right after Publish"
             )
             self._end(Refused(reason=reason))
         return set(), [worker for worker in older if worker.retry_at <= now][:1]

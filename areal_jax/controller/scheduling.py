@@ -173,7 +173,7 @@ class Scheduler:
         return self._attempts
 
     def _update_weights(self, now: float) -> None:
-        held, behind = self.evaluations.pins(self.fleet, now)
+        held, behind = self.evaluations.pins(self.fleet, self.version, now)
         for worker in behind:
             self._update(worker, self.evaluations.manifest, now)
         for worker in self.fleet.to_update(self.manifest, held, now):

@@ -444,6 +444,22 @@ def test_an_evaluation_survives_its_worker_and_never_scores_a_failure():
     assert (result.accuracy, result.samples, result.failed) == (1.0, 1, 1)
 
 
+def test_an_evaluation_whose_weights_are_gone_ends_and_holds_nobody_back():
+    """A publisher keeps two versions: a worker that comes after three would try to load the first one for ever."""
+    world = World(config(max_staleness=8), 50, evals=2)
+    a = start(world, "a", slots=40)
+    finish(world, a, *running(world))
+    world.die("a")
+    world.core.evaluate(0, 0.0)
+    for version in range(3):
+        world.get_batch(version)
+        world.publish(version + 1)
+    b = world.join("b")
+    assert [u.version for u in b.updates] == [3]
+    refused = world.core.evaluate(0, 0.0)
+    assert isinstance(refused, m.Refused) and "none can load it any more" in refused.reason
+
+
 # --- Checkpoints and restarts --------------------------------------------------------------------------------------
 
 
