@@ -10,19 +10,21 @@ and are changed by --config.KEY=VALUE as for the launcher, or by these short nam
   --format=NAME          its format (data.format)       --samples=N       answers per problem
   --temperature=T        0 is greedy                    --max_new_tokens=N
   --engine=jax|vllm      --workflow=PATH                --verifier=PATH   reward function, by import path
+(on a GPU also --config.rollout.dtype=bfloat16 and --config.rollout.slots=256)
 What is made of them:
   --ks=1,8,64            which pass@k (default: 1, and powers of two up to --samples)
   --out=DIR              folder of problems.jsonl and summary.json (default with --run: DIR/eval)
 
 Prints avg@n and pass@k with 95 % confidence intervals: Wilson's score interval with one answer per problem, else a
 bootstrap over problems. Exit codes: 0 done; 1 something broke, or no sample has a score; 2 something is wrong with the
-settings.
+settings; 130 stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -39,9 +41,10 @@ from areal_jax.data.prompts import fitting, prompt_limit, render_prompt
 from areal_jax.data.readers import DataError, load_dataset
 from areal_jax.eval.judge import LocalVerifier
 from areal_jax.eval.report import PROBLEMS, Writer, summary_of, table
-from areal_jax.eval.runner import Evaluator, Result, checkpoint_tensors
+from areal_jax.eval.runner import EvaluationStopped, Evaluator, Result, checkpoint_tensors
 from areal_jax.launch import command_line, validate
 from areal_jax.rewards.config import RewardsConfig
+from areal_jax.rewards.outcome import VerifierError
 from areal_jax.rewards.pool import VerifierPool
 from areal_jax.rewards.service import recipe_of
 from areal_jax.rollout.__main__ import stop_token_ids
@@ -131,7 +134,8 @@ async def evaluate(config: dict[str, Any], records: list[dict], tokenizer: Any, 
     workflow = load_workflow(rollout.workflow, rollout.workflow_args)
     with tempfile.TemporaryDirectory(prefix="areal_jax-eval-") as folder:
         engine = make_engine(rollout, config["model"], seed=config["seed"], workdir=folder)
-        async with VerifierPool(rewards.processes, rewards.timeout) as pool:
+        processes = min(os.cpu_count() or 1, max(4, rewards.services * rewards.processes))
+        async with VerifierPool(processes, rewards.timeout) as pool:
             try:
                 with Publisher(folder) as publisher:
                     await engine.start(publisher.publish(0, checkpoint_tensors(config["model"])))
@@ -144,6 +148,7 @@ async def evaluate(config: dict[str, Any], records: list[dict], tokenizer: Any, 
                     data=configs.section(DataConfig, config["data"]),
                     seed=config["seed"],
                     attempts=config["controller"]["max_attempts"],
+                    stop_on_failure=rewards.on_error == "stop",
                     concurrent=2 * rollout.slots,
                 )
                 return await evaluator.run(records, samples, Progress(len(records), writer))
@@ -230,11 +235,18 @@ def main(arguments: Sequence[str]) -> int:
     except (ConfigError, DataError) as error:
         print(f"areal_jax.eval: error: {error}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, EngineDied, WeightsRefused) as error:
+    except ModuleNotFoundError as error:
+        print(f"areal_jax.eval: {error}; use the Python that the rollout workers use", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, EngineDied, EvaluationStopped, VerifierError, WeightsRefused) as error:
         print(f"areal_jax.eval: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("areal_jax.eval: stopped; problems.jsonl has what was done", file=sys.stderr)
+        return 130
     return 0 if summary["samples"] else 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: everything is closed and removed
     sys.exit(main(sys.argv[1:]))

@@ -90,8 +90,11 @@ class Writer:
         self._file.flush()
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Ends; `summary`, if any, becomes summary.json."""
+        """Ends; `summary`, if any, becomes summary.json. A file without any problem in it is not left behind."""
+        empty = not self._file.tell()
         self._file.close()
+        if empty:
+            (self.folder / PROBLEMS).unlink()
         if summary is not None:
             draft = self.folder / (SUMMARY + ".tmp")
             draft.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

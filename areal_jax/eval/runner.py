@@ -25,6 +25,10 @@ from areal_jax.rollout.workflows import Workflow
 from areal_jax.transport.messages import Task, Trajectory
 
 
+class EvaluationStopped(RuntimeError):
+    """A sample failed for good, and failures were to end the evaluation."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One answer: numbers of its last trajectory, or the name of the failure that left it without a score."""
@@ -60,6 +64,7 @@ class Evaluator:
     Args:
       engine: started.
       attempts: how often a sample that fails is tried before its failure counts.
+      stop_on_failure: a failure that counts ends the evaluation.
       concurrent: samples under way at once; more than the engine's slots, so that some are judged meanwhile.
     """
 
@@ -71,6 +76,7 @@ class Evaluator:
     data: DataConfig
     seed: int = 1
     attempts: int = 3
+    stop_on_failure: bool = False
     concurrent: int = 128
 
     async def run(
@@ -78,7 +84,7 @@ class Evaluator:
     ) -> list[Result]:
         """Every record `samples` times; the results in order. `each` gets them in order too, as early as possible.
 
-        Raises `EngineDied`.
+        Raises `EngineDied`, and `EvaluationStopped` if failures are to stop it.
         """
         answers: list[dict[int, Sample]] = [{} for _ in records]
         results: list[Result] = []
@@ -96,8 +102,8 @@ class Evaluator:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.concurrent, len(records) * samples)):
                     group.create_task(work())
-        except* EngineDied as deaths:
-            raise deaths.exceptions[0] from None
+        except* (EngineDied, EvaluationStopped) as ends:
+            raise ends.exceptions[0] from None
         return results
 
     async def _sample(self, record: dict, index: int, k: int) -> Sample:
@@ -120,6 +126,8 @@ class Evaluator:
                 failure = Sample(error=failed.name, detail=failed.detail)
             except Exception as error:  # whatever a user's workflow raises
                 failure = Sample(error="workflow_error", detail=f"{type(error).__name__}: {error}"[:2000])
+        if self.stop_on_failure:
+            raise EvaluationStopped(f"problem {index}: {failure.error}: {failure.detail}")
         return failure
 
     def _describe(self, last: Trajectory) -> Sample:

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from areal_jax.data.config import DataConfig
 from areal_jax.eval.report import Writer, summary_of, table
-from areal_jax.eval.runner import Evaluator, checkpoint_tensors
+from areal_jax.eval.runner import EvaluationStopped, Evaluator, checkpoint_tensors
 from areal_jax.rollout.engine import Completion, EngineDied, Sampling
 from areal_jax.rollout.session import VerificationFailed
 from areal_jax.rollout.workflows import SingleTurn
@@ -102,6 +102,11 @@ def test_a_failure_is_tried_again_then_named_and_never_a_score():
     assert "verifier_timeout" in table(summary) and "1 problems have no score" in table(summary)
 
 
+def test_a_failure_may_end_the_evaluation():
+    with pytest.raises(EvaluationStopped, match="problem 2: verifier_timeout: it took too long"):
+        evaluate(verifier=Same({"three": 100}), stop_on_failure=True)
+
+
 def test_a_broken_workflow_is_a_failure_with_its_message_and_a_dead_engine_ends_it():
     class Broken(SingleTurn):
         async def run(self, session, record):
@@ -136,6 +141,11 @@ def test_the_files_say_what_was_asked_answered_and_judged(tmp_path):
     assert lines[2]["samples"][0] == {"error": "verifier_timeout", "detail": "it took too long"}
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["estimates"]["pass@2"]["value"] == 1.0 and summary["metrics"]["length"] > 0
+
+
+def test_an_evaluation_that_did_nothing_leaves_no_file(tmp_path):
+    Writer(tmp_path).close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoint_tensors_leave_out_a_tied_head(tmp_path):

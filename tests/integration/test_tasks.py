@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from letters import make_checkpoint
+from letters import ALPHABET, make_checkpoint
 
 from areal_jax.config import default_config, resolve
+from areal_jax.data.readers import load_dataset
 from areal_jax.eval import __main__ as evaluation
 from areal_jax.launch import session
 from areal_jax.launch.roles import roles_of
@@ -19,6 +20,7 @@ from areal_jax.launch.supervisor import Supervisor, log_tail
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = {
+    "single_turn": ("areal_jax.rollout.workflows:SingleTurn", {}),
     "multi_turn": ("areal_jax.rollout.workflows:MultiTurn", {"feedback": "?", "max_turns": 3}),
     "tool_use": (
         "areal_jax.rollout.tools:ToolUse",
@@ -27,12 +29,12 @@ WORKFLOWS = {
 }
 
 
-def run_recorded(tmp_path, workflow: str, engine: str) -> Path:
+def run_recorded(tmp_path, workflow: str, engine: str = "jax", verifier: str = "parity") -> Path:
     """A run of two steps by the launcher's own supervisor, with recording roles; returns its folder."""
     config = default_config()
     config.model = make_checkpoint(tmp_path / "model")
     config.data.update({"train": "arithmetic:count=64", "eval": "arithmetic:count=24,seed=9", "template": "none"})
-    config.rewards.verifiers = ("tests.integration.judges:parity",)
+    config.rewards.verifiers = (f"tests.integration.judges:{verifier}",)
     config.rewards.update({"scale": 10.0, "offset": -0.5})
     config.controller.update({"batch_size": 4, "group_size": 4, "max_staleness": 2})
     config.rollout.update({"engine": engine, "slots": 8, "max_length": 64, "max_new_tokens": 24})
@@ -109,20 +111,20 @@ def check_trained_is_sampled(run: Path) -> list[dict[str, np.ndarray]]:
     return sequences
 
 
-def check_evaluation_agrees(run: Path, capsys) -> dict:
-    """Evaluating the exported checkpoint gives the accuracy that the run reported at its end."""
+def check_evaluation_agrees(run: Path, capsys, failed: int = 0) -> dict:
+    """Evaluating the exported checkpoint gives the accuracy that the run reported at its end, and the same failures."""
     assert evaluation.main([f"--run={run}"]) == 0
     printed = capsys.readouterr().out
     found = json.loads((run / "eval/summary.json").read_text())
     reported = json.loads((run / "summary.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "eval/accuracy" in line][-1]
-    assert found["failed"] == 0 and found["samples"] == last["eval/samples"] == 24
+    assert found["failed"] == last["eval/failed"] == failed
+    assert found["samples"] == last["eval/samples"] == 24 - failed
     assert found["accuracy"] == pytest.approx(reported["accuracy_after"], abs=1e-12)
     assert 0 < found["accuracy"] < 1 and f"{found['accuracy']:.2%}" in printed
     for name in ("reward", "tokens", "truncated"):
         assert found[name] == pytest.approx(last[f"eval/{name}"], abs=1e-6)
-    assert found["reward"] == pytest.approx(10 * (found["accuracy"] - 0.5), abs=3.0)  # shaped; accuracy is not
     return found
 
 
@@ -154,3 +156,32 @@ def test_tools(tmp_path, engine, capsys):
     assert max(len(turns(s["mask"])) for s in sequences) >= 2  # a tool's output stands between them
     found = check_evaluation_agrees(run, capsys)
     assert found["metrics"]["tool_calls"] >= 0  # greedily, this network may never call
+
+
+@pytest.mark.slow
+def test_a_verifiers_error_is_never_a_score_and_shaping_is_not_accuracy(tmp_path, capsys):
+    """The verifier breaks on every third problem: those are dropped by name, in the run and in evaluations."""
+    run = run_recorded(tmp_path, "single_turn", verifier="touchy")
+    sequences = check_trained_is_sampled(run)
+    assert len(sequences) == 2 * 16
+    for sequence in sequences:
+        prompt = "".join(ALPHABET[token] for token in sequence["tokens"][~sequence["mask"]])
+        assert sum(map(int, prompt.removesuffix("?").split("+"))) % 3
+    evaluated = load_dataset("arithmetic:count=24,seed=9")
+    broken = sum(int(evaluated[i]["answer"]) % 3 == 0 for i in range(24))
+    found = check_evaluation_agrees(run, capsys, failed=broken)
+    assert found["failures"] == {"verifier_exception": broken} and broken > 0
+    assert found["reward"] == pytest.approx(10 * (found["accuracy"] - 0.01 * characters(run) - 0.5))
+    reported = json.loads((run / "summary.json").read_text())
+    assert reported["failed"]["verifier_exception"] >= 3  # each sample is tried three times, then its prompt goes
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [step for step in steps if "reward/mean" in step]
+    assert len(trained) == 2 and all(0 <= step["reward/accuracy"] <= 1 for step in trained)
+    assert all(step["reward/mean"] < 10 * (step["reward/accuracy"] - 0.5) for step in trained)
+
+
+def characters(run: Path) -> float:
+    """The mean length of the judged completions of an evaluation, in characters."""
+    lines = [json.loads(line) for line in (run / "eval/problems.jsonl").read_text().splitlines()]
+    lengths = [len(s["completion"]) for line in lines for s in line["samples"] if "completion" in s]
+    return sum(lengths) / len(lengths)
