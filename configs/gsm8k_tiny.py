@@ -27,6 +27,8 @@ def get_config():
 
     c.rewards.verifier_args = ({"mode": "last_number"},)
 
+    c.launch.compile_cache = "runs/.compiled"
+
     c.rollout.slots = 32
     c.rollout.max_length = 512
     c.rollout.max_new_tokens = 96
