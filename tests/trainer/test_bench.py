@@ -1,0 +1,52 @@
+"""The measuring tool measures what it says: FLOPs by hand, the mix of lengths, and a whole tiny measurement."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from areal_jax.models import ModelConfig
+
+PATH = Path(__file__).parents[2] / "tools" / "bench_trainer.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_trainer", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_flops_are_those_of_the_formula(bench):
+    """Qwen2.5-0.5B, one sequence of 1000 tokens: 494 M parameters with the tied head, and half of the square."""
+    flops = bench.flops_per_step(ModelConfig(**bench.SIZES["0.5B"]), np.array([1000]))
+    assert flops == pytest.approx(6 * 494.03e6 * 1000 + 6 * 24 * 14 * 64 * 1000**2, rel=1e-4)
+    untied = ModelConfig(**bench.SIZES["7B"])
+    parameters = 7.6156e9 - 152064 * 3584  # the embedding table multiplies nothing
+    assert bench.flops_per_step(untied, np.array([1])) == pytest.approx(6 * parameters + 6 * 28 * 28 * 128, rel=1e-3)
+
+
+def test_lengths_follow_the_mix(bench):
+    lengths = bench.lengths_of("uniform:10:30", 1000, 64)
+    assert 950 <= lengths.sum() <= 1030 and lengths.min() >= 10 and lengths.max() <= 30
+    assert bench.lengths_of("full", 256, 64).tolist() == [64] * 4
+    with pytest.raises(SystemExit, match="must lie between 2 and --row-length 64"):
+        bench.lengths_of("fixed:65", 256, 64)
+
+
+@pytest.mark.slow
+def test_a_measurement_of_both_sides(bench, tmp_path, capsys):
+    pytest.importorskip("torch")
+    path = tmp_path / "found.json"
+    arguments = ["--size", "tiny", "--rows", "2", "--row-length", "64", "--lengths", "uniform:8:40", "--repeats", "1"]
+    arguments += ["--warm-up", "0", "--fsdp", "1", "--baseline", "torch", "--json", str(path), "--peak-tflops", "0.1"]
+    bench.main(arguments)
+    ours, theirs = json.loads(path.read_text())
+    assert (ours["mode"], theirs["mode"]) == ("areal_jax", "torch")
+    for found in (ours, theirs):
+        assert found["tokens_per_second"] > 0 and 0 < found["mfu"] < 1 and found["peak_memory_bytes"] > 0
+    assert ours["tokens"] == theirs["tokens"] and ours["recompiles"] == 0
+    assert "tokens/s" in capsys.readouterr().out
