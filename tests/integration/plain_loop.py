@@ -3,8 +3,9 @@
     python tests/integration/plain_loop.py WORKDIR OUT
 
 repeats the run in WORKDIR (its config.json) without controller, sockets, processes or published weights, and writes the
-losses of each step to OUT/steps.json and the final checkpoint to OUT/export. Dispatch length and order of requests differ
-from the run's on purpose: they must not matter.
+losses of each step to OUT/steps.json and the final checkpoint to OUT/export. Dispatch length and order of requests
+differ from the run's on purpose: they must not matter. The number of slots is the same: it is the shape of the engine's
+products, which decides the order of their sums.
 """
 
 import asyncio

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from runs import ROOT, launch, python, steps
+from whole_runs import ROOT, launch, python, steps
 
 SMALL = {
     "controller__batch_size": 8, "controller__group_size": 4, "controller__max_staleness": 0, "data__eval": "",
