@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from whole_runs import ROOT, launch, python, steps
 
 SMALL = {
