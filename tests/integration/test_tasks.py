@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +15,6 @@ from letters import ALPHABET, make_checkpoint
 
 from areal_jax.config import default_config, resolve
 from areal_jax.data.readers import load_dataset
-from areal_jax.eval import __main__ as evaluation
 from areal_jax.launch import session
 from areal_jax.launch.roles import roles_of
 from areal_jax.launch.supervisor import Supervisor, log_tail
@@ -111,10 +112,13 @@ def check_trained_is_sampled(run: Path) -> list[dict[str, np.ndarray]]:
     return sequences
 
 
-def check_evaluation_agrees(run: Path, capsys, failed: int = 0) -> dict:
+def check_evaluation_agrees(run: Path, failed: int = 0) -> dict:
     """Evaluating the exported checkpoint gives the accuracy that the run reported at its end, and the same failures."""
-    assert evaluation.main([f"--run={run}"]) == 0
-    printed = capsys.readouterr().out
+    command = [sys.executable, "-m", "areal_jax.eval", f"--run={run}"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout
     found = json.loads((run / "eval/summary.json").read_text())
     reported = json.loads((run / "summary.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -138,28 +142,28 @@ ENGINES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_several_turns(tmp_path, engine, capsys):
+def test_several_turns(tmp_path, engine):
     run = run_recorded(tmp_path, "multi_turn", engine)
     sequences = check_trained_is_sampled(run)
     assert len(sequences) == 2 * 16
     assert max(len(turns(s["mask"])) for s in sequences) >= 2  # there were second tries
-    found = check_evaluation_agrees(run, capsys)
+    found = check_evaluation_agrees(run)
     assert found["metrics"]["turns"] >= 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_tools(tmp_path, engine, capsys):
+def test_tools(tmp_path, engine):
     run = run_recorded(tmp_path, "tool_use", engine)
     sequences = check_trained_is_sampled(run)
     assert len(sequences) == 2 * 16
     assert max(len(turns(s["mask"])) for s in sequences) >= 2  # a tool's output stands between them
-    found = check_evaluation_agrees(run, capsys)
+    found = check_evaluation_agrees(run)
     assert found["metrics"]["tool_calls"] >= 0  # greedily, this network may never call
 
 
 @pytest.mark.slow
-def test_a_verifiers_error_is_never_a_score_and_shaping_is_not_accuracy(tmp_path, capsys):
+def test_a_verifiers_error_is_never_a_score_and_shaping_is_not_accuracy(tmp_path):
     """The verifier breaks on every third problem: those are dropped by name, in the run and in evaluations."""
     run = run_recorded(tmp_path, "single_turn", verifier="touchy")
     sequences = check_trained_is_sampled(run)
@@ -169,7 +173,7 @@ def test_a_verifiers_error_is_never_a_score_and_shaping_is_not_accuracy(tmp_path
         assert sum(map(int, prompt.removesuffix("?").split("+"))) % 3
     evaluated = load_dataset("arithmetic:count=24,seed=9")
     broken = sum(int(evaluated[i]["answer"]) % 3 == 0 for i in range(24))
-    found = check_evaluation_agrees(run, capsys, failed=broken)
+    found = check_evaluation_agrees(run, failed=broken)
     assert found["failures"] == {"verifier_exception": broken} and broken > 0
     assert found["reward"] == pytest.approx(10 * (found["accuracy"] - 0.01 * characters(run) - 0.5))
     reported = json.loads((run / "summary.json").read_text())
