@@ -32,13 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
     from areal_jax.rollout.config import RolloutConfig
     from areal_jax.trainer import distributed
     from areal_jax.trainer.config import TrainerConfig
+    from areal_jax.transport.errors import TransportError
 
     try:
         config = load(options.workdir)
         trainer = section(TrainerConfig, config["trainer"])
         distributed.start(options.workdir, options.process, trainer.processes, config["controller"]["address"])
         # jax may only be used from here on.
+        from areal_jax.models import ModelError
+        from areal_jax.trainer.batch import StalenessError
+        from areal_jax.trainer.checkpoint import CheckpointError
         from areal_jax.trainer.guards import TrainingStopped
+        from areal_jax.trainer.link import WaitedTooLong
         from areal_jax.trainer.loop import Settings, Training
         from areal_jax.trainer.objectives import ObjectiveError
 
@@ -56,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             finished = Training(settings, options.workdir, options.process, lambda: bool(stop)).run()
         except ObjectiveError as error:
             raise ConfigError(str(error)) from error
-        except TrainingStopped as error:
-            print(f"areal_jax.trainer: stopped by a guard: {error}", file=sys.stderr)
+        except (TrainingStopped, WaitedTooLong, TransportError, StalenessError, CheckpointError, ModelError) as error:
+            print(f"areal_jax.trainer: {type(error).__name__}: {error}", file=sys.stderr)
             return 1
     except ConfigError as error:
         print(f"areal_jax.trainer: error: {error}", file=sys.stderr)

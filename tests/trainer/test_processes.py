@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from areal_jax.transport import messages as m
 from tests.trainer import fake
 
 ROOT = Path(__file__).parents[2]
@@ -74,4 +75,21 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path):
             trainer.kill()
     assert controller.kinds()[0] == "SetState"
     assert controller.state.version in (1, 2)
-    assert next(m.version for m in controller.log if type(m).__name__ == "GetBatch") == controller.state.version
+    assert next(x.version for x in controller.log if isinstance(x, m.GetBatch)) == controller.state.version
+
+
+@pytest.mark.slow
+def test_what_ends_a_trainer_is_one_line(tmp_path):
+    workdir, _ = fake.prepare(tmp_path, steps=3)
+    controller = fake.FakeController(workdir)
+    controller._answer = lambda message: (
+        m.Refused(reason="no sample finished for 600 s") if isinstance(message, m.Publish) else None
+    )
+    with controller:
+        trainer = start(workdir, 0)
+        try:
+            assert trainer.wait(120) == 1
+        finally:
+            trainer.kill()
+    last = (workdir / "trainer-0.log").read_text().strip().splitlines()[-1]
+    assert last.startswith("areal_jax.trainer: RequestRefused: ") and "no sample finished for 600 s" in last
