@@ -68,7 +68,8 @@ def test_a_run_whose_vllm_is_killed_goes_on_with_a_fresh_one(run):
     assert launcher.wait(400) == 0
     lines = steps(folder)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert any("mismatch/logprob_abs_diff_max" in line for line in lines)
     for line in lines:  # of lag 0: what vLLM said and what the trainer computes, before and after the kill
-        assert line["mismatch/tokens"] == 0 or line["mismatch/logprob_abs_diff_max"] < 1e-3
+        assert line.get("mismatch/logprob_abs_diff_max", 0.0) < 1e-3
         assert line["staleness/max"] <= 4
     assert (folder.parent / "asked").read_text().count("areal_jax.rollout") >= 2
