@@ -29,7 +29,6 @@ def test_a_killed_rollout_worker_leaves_no_process_and_no_memory(tmp_path):
         async def main():
             from areal_jax import models
             from tests.vllm import checkpoints
-from tests.vllm.processes import vllm_processes
             import jax.numpy as jnp
             model = models.Model(models.ModelConfig.from_hf({str(tmp_path / "model")!r}))
             manifest = Publisher({str(tmp_path)!r}).publish(0, models.to_hf(model, checkpoints.random_params(model, 0)))
