@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what people look at
+
 import jax
 import numpy as np
 

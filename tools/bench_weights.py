@@ -36,6 +36,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is what people look at
+
 import jax
 import msgspec
 import numpy as np

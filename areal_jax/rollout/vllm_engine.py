@@ -162,6 +162,8 @@ class VllmEngine:
             self._watch.cancel()
         if self._llm is not None:
             llm, self._llm = self._llm, None
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # it would report the end that is now made as an error
             await asyncio.to_thread(llm.shutdown, _GRACE_SECONDS)
             llm.shutdown = lambda timeout=None: None  # it would run again, and fail, when the interpreter ends
 
