@@ -202,17 +202,18 @@ class VllmEngine:
                 with _timed(timings, "pause"):
                     self._admitting.clear()
                     self._set_paused(True)
-                    await self._swap(manifest.version)
+                    timings["load"] = await self._swap(manifest.version)
             finally:
                 self._set_paused(False)
                 self._admitting.set()
         self._layout = self._layout or manifest
-        loads = await self._llm.collective_rpc("areal_jax_weight_timings")
-        timings["load"] = max(rank["load"] for rank in loads)
         return timings
 
-    async def _swap(self, version: int) -> None:
-        """Stop generation, load what the workers have opened, go on. An engine that fails half-way is dead."""
+    async def _swap(self, version: int) -> float:
+        """Stop generation, load what the workers have opened, go on; returns the slowest rank's seconds for the load.
+
+        An engine that fails half-way is dead.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         try:
@@ -221,8 +222,10 @@ class VllmEngine:
                 await self._llm.start_weight_update()
                 await self._llm.update_weights(WeightTransferUpdateRequest({"version": version}))
                 await self._llm.finish_weight_update(str(version))
+                ranks = await self._llm.collective_rpc("areal_jax_weight_timings")  # now: a busy engine answers late
                 self.version = version
                 await self._llm.resume_generation()
+                return max(rank["load"] for rank in ranks)
         except BaseException as error:
             # Parameters may be half old, half new: nothing may be sampled from them.
             died = EngineDied(f"version {version} could not be loaded: {error!r}")
