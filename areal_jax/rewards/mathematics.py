@@ -173,6 +173,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 def _interruptible(arguments: dict[str, Any], timeout: float) -> bool:
     if INSIDE_WORKER in os.environ and threading.current_thread() is threading.main_thread():
+        _library()  # an import that is interrupted halfway would spoil every later answer
         with _alarm(timeout):
             return equal(**arguments)
     outcome = _helper_call(arguments, timeout)

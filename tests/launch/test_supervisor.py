@@ -32,9 +32,10 @@ def role(name, program, *arguments, **options):
 
 def run(tmp_path, *roles, leaders=("trainer",), tick=lambda supervisor: None, grace=5.0):
     told = []
+    before = psutil.Process().children(recursive=True)  # of other tests in this process
     supervisor = Supervisor(roles, leaders, tmp_path, grace=grace, tell=told.append)
     outcome = supervisor.run(lambda: tick(supervisor), interval=0.01)
-    assert not psutil.Process().children(recursive=True)
+    assert not set(psutil.Process().children(recursive=True)) - set(before)
     return outcome, told, supervisor
 
 
