@@ -280,7 +280,6 @@ def trajectories(groups: Iterable[Group]) -> Iterator[Trajectory]:
 def count_lags(version: int, groups: Sequence[Group], lags: Counter[int], token_lags: Counter[int]) -> None:
     """Add the lags of batch `version` to the histograms: of groups, and of sampled tokens."""
     lags.update(version - group.oldest for group in groups)
-    for trajectory in trajectories(groups):
-        sampled = trajectory.versions[trajectory.loss_mask]
-        for lag, count in zip(*np.unique(version - sampled, return_counts=True), strict=True):
+    if sampled := [t.versions[t.loss_mask] for t in trajectories(groups)]:
+        for lag, count in zip(*np.unique(version - np.concatenate(sampled), return_counts=True), strict=True):
             token_lags[int(lag)] += int(count)
