@@ -129,6 +129,8 @@ def test_a_cuda_program_calls_the_kernel_forward_and_backward(pretend_hopper):
     gradient = jax.jit(jax.grad(lambda p: model.hidden(p, *batch).astype(jnp.float32).sum()))
     program = gradient.trace(params).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @(__cudnn\S+?)\(.*?\) \{.*backend_config = (\".*?\"),.* : (\(.*\)) -> ", program)
+    # What the backward pass needs beside the output: for each row and segment, one number per head and token.
+    assert "(tensor<2x4x64x16xbf16>, tensor<14x4x64xf32>, " in program
     assert [name for name, _, _ in calls] == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
     for _, config, operands in calls:
         for key, value in (
