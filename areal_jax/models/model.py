@@ -22,7 +22,7 @@ from areal_jax.models.transformer import Decoder, Lora
 
 Params = dict[str, Any]
 
-# What the backward pass keeps of a layer besides its input; the rest is computed again.
+# What the backward pass keeps of a layer besides its input; the rest is computed again. "none" computes nothing again.
 REMAT = {
     "none": (),
     "full": (),
