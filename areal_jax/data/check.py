@@ -23,7 +23,8 @@ from areal_jax.data.readers import DataError, Dataset, load_dataset
 def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     try:
-        data = load_dataset(args.data, DataConfig(format=args.format, bad_record="skip"))
+        settings = DataConfig(format=args.format, bad_record="skip", fields=json.loads(args.fields))
+        data = load_dataset(args.data, settings)
         if args.limit:
             data = Dataset(data.name, [data[i] for i in range(min(args.limit, len(data)))], data.skipped)
         report = describe(data, _tokenizer(args.model))
@@ -44,8 +45,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m areal_jax.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", help="file, folder, or 'arithmetic:...'")
+    parser.add_argument("data", help="file, folder, a folder's split (DIR:train), or 'arithmetic:...'")
     parser.add_argument("--format", default="auto")
+    parser.add_argument("--fields", default="{}", help="our names of the data's fields, as JSON (data.fields)")
     parser.add_argument("--model", default="", help="checkpoint folder, for lengths in tokens")
     parser.add_argument("--limit", type=int, default=0, help="only so many records")
     parser.add_argument("--verify", action="store_true", help="run the verifier on the gold answers")
