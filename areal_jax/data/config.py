@@ -9,7 +9,7 @@ class DataConfig:
     eval: str = ""  # the same; empty: no evaluation
     eval_limit: int = 256  # problems of the evaluation set used in a run; 0: all
     format: str = "auto"  # "auto", "gsm8k", "prompt_answer", "math", "code", ...
-    fields: dict = dataclasses.field(default_factory=dict)  # {our name: its place in a record}, as {"answer": "meta.truth"}
+    fields: dict = dataclasses.field(default_factory=dict)  # our name: its place in a record ({"answer": "a.truth"})
     template: str = "auto"  # "chat", "none", or "auto": the checkpoint's chat template where it has one
     system_prompt: str = ""
     prompt_suffix: str = ""

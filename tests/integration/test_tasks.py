@@ -30,21 +30,25 @@ WORKFLOWS = {
 }
 
 
-def run_recorded(tmp_path, workflow: str, engine: str = "jax", verifier: str = "parity") -> Path:
-    """A run of two steps by the launcher's own supervisor, with recording roles; returns its folder."""
+def config_of(tmp_path, workflow: str, engine: str = "jax", verifier: str = "parity", on_error: str = "drop") -> dict:
+    """The settings of a run of two steps with a tiny random checkpoint."""
     config = default_config()
     config.model = make_checkpoint(tmp_path / "model")
     config.data.update({"train": "arithmetic:count=64", "eval": "arithmetic:count=24,seed=9", "template": "none"})
     config.rewards.verifiers = (f"tests.integration.judges:{verifier}",)
-    config.rewards.update({"scale": 10.0, "offset": -0.5})
+    config.rewards.update({"scale": 10.0, "offset": -0.5, "on_error": on_error})
     config.controller.update({"batch_size": 4, "group_size": 4, "max_staleness": 2})
     config.rollout.update({"engine": engine, "slots": 8, "max_length": 64, "max_new_tokens": 24})
     config.rollout.workflow = WORKFLOWS[workflow][0]
     config.rollout.workflow_args = WORKFLOWS[workflow][1]
     config.trainer.update({"steps": 2, "proximal": "fused", "row_length": 64, "rows": 4, "learning_rate": 1e-3})
     config.metrics.update({"tensorboard": False, "view": "none"})
-    config = resolve(config)
-    run = tmp_path / "run"
+    return resolve(config)
+
+
+def run_recorded(tmp_path, workflow: str, engine: str = "jax", verifier: str = "parity") -> Path:
+    """A run by the launcher's own supervisor, with recording roles; returns its folder."""
+    config, run = config_of(tmp_path, workflow, engine, verifier), tmp_path / "run"
     session.prepare(config, run)
     roles, leaders = roles_of(config, run)
     for i, role in enumerate(roles):
@@ -182,6 +186,18 @@ def test_a_verifiers_error_is_never_a_score_and_shaping_is_not_accuracy(tmp_path
     trained = [step for step in steps if "reward/mean" in step]
     assert len(trained) == 2 and all(0 <= step["reward/accuracy"] <= 1 for step in trained)
     assert all(step["reward/mean"] < 10 * (step["reward/accuracy"] - 0.5) for step in trained)
+
+
+@pytest.mark.slow
+def test_on_error_stop_ends_the_run_with_the_verifiers_own_words(tmp_path, capsys):
+    config, run = config_of(tmp_path, "single_turn", verifier="touchy", on_error="stop"), tmp_path / "run"
+    config["controller"]["max_attempts"] = 10**6  # dropping would go on for ever
+    session.prepare(config, run)
+    assert session.run(config, run) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("areal_jax: the run failed: ") and "rewards.on_error is 'stop'" in last
+    assert "verifier_exception" in last and "is not to be judged" in last
+    assert not (run / "summary.json").exists()
 
 
 def characters(run: Path) -> float:
