@@ -21,7 +21,7 @@ _FRACTIONS = dict(zip("½⅓⅔¼¾⅕⅛", ("1/2", "1/3", "2/3", "1/4", "3/4", 
 _FRACTION = re.compile(f"[{''.join(_FRACTIONS)}]")
 _SPACED_THOUSANDS = re.compile(r"\s*[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?\s*")
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\overline\s*\{\s*(\d{1,40})\s*\}")
-_LABEL = re.compile(r"\A\s*\$?\s*\\(?:text|textbf|mathrm|mathbf|bf)\s*\{\s*\(?([A-J])\)?[.:]?\s*\}(?=.*[\w])", re.DOTALL)
+_LABEL = re.compile(r"\A\s*\$?\s*\\(?:text|textbf|mathrm|mathbf|bf)\s*\{\s*\(?([A-J])\)?[.:]?\s*\}(?=.*\w)", re.DOTALL)
 _WRAPPERS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _INVISIBLE = re.compile(r"\\[,;:! ]|\\q?quad\b|\\(?:left|right)\b|\\displaystyle\b|[~$]")
 _SPACE = re.compile(r"\s+")
