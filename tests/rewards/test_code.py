@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from areal_jax.rewards import VerifierError, VerifierPool, sandbox, verify_code
+from areal_jax.rewards import VerifierError, VerifierPool, VerifierTimeout, sandbox, verify_code
 from areal_jax.rewards.code import extract_program, grade_code
 from areal_jax.rewards.code_tests import Calls, read_tests, same_output, same_value
 from tools.mutants import mutants, plainly
@@ -118,6 +118,15 @@ def test_the_reward_may_be_the_fraction_of_tests():
     assert grade(ADD, tests)["reward"] == 0.0
     half = {"inputs": ["1\n1", "1\n2"], "outputs": ["1", "3"]}
     assert grade(SUM_SCRIPT, half, reward="fraction")["reward"] == 0.5
+
+
+def test_a_program_that_runs_for_ever_on_every_test_is_wrong_and_no_failure_of_the_verifier():
+    many = {"inputs": ["1"] * 9, "outputs": ["1"] * 9}
+    options = {"reward": "fraction", "cpu_seconds": 1, "total_seconds": 1.5}
+    graded = grade("while True: pass", many, **options)
+    assert graded["reward"] == 0.0 and graded["tests"] == 9 and graded["reason"] in ("cpu_limit", "timeout")
+    with pytest.raises(VerifierTimeout, match="together took more"):
+        grade("import time\ntime.sleep(0.6)\nprint(1)", many, **options)
 
 
 def test_numpy_is_there_and_its_results_are_plain():

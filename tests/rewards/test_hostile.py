@@ -1,5 +1,6 @@
 """Hostile completions score 0, are named, and harm nothing; with and without bubblewrap."""
 
+import asyncio
 import os
 import shutil
 import socket
@@ -10,7 +11,7 @@ import tempfile
 import psutil
 import pytest
 
-from areal_jax.rewards import sandbox
+from areal_jax.rewards import Score, VerifierPool, sandbox
 from areal_jax.rewards.code import grade_code
 from tests.rewards import hostile
 
@@ -73,6 +74,25 @@ def test_attack(attack, isolation, surroundings):
     assert grade["reward"] == grade["accuracy"] == 0.0
     assert any(reason in grade["reason"] for reason in ([reasons] if isinstance(reasons, str) else reasons)), grade
     assert children() == before and sorted(os.listdir(tempfile.gettempdir())) == scratch
+
+
+def test_no_program_can_make_its_verifier_fail():
+    """Through the pool, as in a run: a failure would be dropped, and tried again, where a 0 is due."""
+    if not ISOLATIONS:
+        pytest.skip("no sandbox here")
+
+    async def main():
+        async with VerifierPool(2, 60.0) as pool:
+            calls = []
+            for program, results in hostile.BREAK.values():
+                tests = {"fn_name": "double", "inputs": [[4], [5]], "outputs": results}
+                fields = FAST | {"completion": f"```python\n{program}\n```", "tests": tests, "isolation": ISOLATIONS[0]}
+                calls.append(pool.submit("areal_jax.rewards.grade_code", fields))
+            return await asyncio.gather(*calls)
+
+    for name, outcome in zip(hostile.BREAK, asyncio.run(main()), strict=True):
+        assert isinstance(outcome, Score), (name, outcome)
+        assert outcome.reward == 0.0 and outcome.reason, name
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
