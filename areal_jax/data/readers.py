@@ -155,7 +155,9 @@ def _read_lines(path: str) -> Iterator[tuple[str, Any]]:
 def _parse(line: bytes) -> Any:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair is valid JSON, and no text that can be sent
+            json.dumps(value, ensure_ascii=False).encode()
+    except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
         return f"not valid JSON ({error})"
     return value if not isinstance(value, str) else "it is a text, not an object with fields"
 
