@@ -22,6 +22,8 @@ from areal_jax.data.readers import DataError, Dataset, load_dataset
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.sockets import Server
 
+CANNOT_GO_ON = 70  # exit code: the run is at its end, with a reason; another controller would find the same
+
 
 def make_core(config: dict[str, Any], incarnation: int, now: float) -> Core:
     """The core of the run that `config` (as from `areal_jax.config.load`) describes; raises `DataError`."""
@@ -88,7 +90,7 @@ def main() -> int:
         return 2
     if diagnosis:
         print(f"controller: the run cannot go on: {diagnosis}", file=sys.stderr)
-    return 1 if diagnosis else 0
+    return CANNOT_GO_ON if diagnosis else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from areal_jax.launch import child
 from areal_jax.launch.guardian import end_groups, send
 
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
-SETTING_WRONG = 2  # exit codes of a role: nothing can change by starting it again
+FINAL = (2, 70)  # exit codes of a role: a setting is wrong, the run cannot go on; starting it again changes nothing
 TOLD_TO_STOP = 75  # it has saved what it needs to go on
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
 
@@ -145,13 +145,13 @@ class Supervisor:
             process.deaths = 0
         process.deaths += 1
         how = describe_exit(code)
-        if process.deaths <= role.restarts and code != SETTING_WRONG and role.may_restart():
+        if process.deaths <= role.restarts and code not in FINAL and role.may_restart():
             self._tell(f"{role.name} {how}; starting it again ({process.deaths} of {role.restarts})")
             self.restarts += 1
             self._spawn(process)
             return None
         others = [p for p in self._processes.values() if role.peers and p.role.peers == role.peers and not p.given_up]
-        if len(others) > 1 and code != SETTING_WRONG:
+        if len(others) > 1 and code not in FINAL:
             process.given_up = True
             left = len(others) - 1
             self._tell(f"{role.name} {how} {process.deaths} times in a row and is given up; others go on: {left}")
