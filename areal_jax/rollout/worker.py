@@ -108,7 +108,8 @@ class Worker:
             code, reason = self._end.result()
             log.info("%s ends: %s", self.settings.name, reason)
             with suppress(TransportError):
-                await asyncio.wait_for(self._client.send(Goodbye(name=self.settings.name, reason=reason)), 1.0)
+                goodbye = Goodbye(name=self.settings.name, reason=reason, died=code == ENGINE_DIED)
+                await asyncio.wait_for(self._client.send(goodbye), 1.0)
             return code
         finally:
             samples = [running for _, running in self._samples.values()]
@@ -285,9 +286,8 @@ class Worker:
             _check(trajectories)
             result = SampleDone(**own, trajectories=trajectories)
             self.counts["samples_done"] += 1
-        except EngineDied as death:
-            self.stop(ENGINE_DIED, str(death))
-            result = SampleFailed(**own, error="engine_died", detail=str(death))
+        except EngineDied as death:  # not the sample's failure: the goodbye hands it, and all others, to other workers
+            return self.stop(ENGINE_DIED, str(death))
         except VerificationFailed as failed:
             result = SampleFailed(**own, error=failed.name, detail=failed.detail)
         except FloatingPointError as error:
