@@ -229,7 +229,8 @@ class Worker:
         if self._ready.is_set():
             if manifest.version < self.engine.version and self._samples:
                 await self._roll_back(manifest.version)
-            return await self.engine.update_weights(manifest)
+            timings = await self.engine.update_weights(manifest)
+            return timings | {"latency": time.time() - manifest.published_at}  # since the optimizer step
         start = time.perf_counter()
         await self.engine.start(manifest)
         self._ready.set()
