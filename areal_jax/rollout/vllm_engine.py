@@ -320,9 +320,12 @@ def _completion(output: Any) -> Completion:
 
 def _create(args: dict[str, Any]) -> AsyncLLM:
     """Start vLLM with settings that also suit a machine without a GPU; raises `ValueError` for an unknown argument."""
+    threads = (len(os.sched_getaffinity(0)) - 1) // args.get("tensor_parallel_size", 1)
     for name, value in {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; otherwise a share of the whole machine's memory
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every worker binds to the same cores
+        "OMP_NUM_THREADS": str(max(1, threads)),  # a core is left to the other processes of the run
+        "OMP_WAIT_POLICY": "passive",  # threads that spin at every barrier starve each other on shared cores
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }.items():
@@ -350,6 +353,10 @@ def _create(args: dict[str, Any]) -> AsyncLLM:
         head, possible = config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
         if head not in possible:
             raise ValueError(f"vLLM's CPU build has no attention for heads of {head}, only of {possible}")
+        if config.parallel_config.world_size == 1 and engine_args.distributed_executor_backend is None:
+            # As on a GPU: one process for scheduler and model. In two, as is vLLM's rule for CPUs, one of them spins
+            # while it waits for the other.
+            config.parallel_config.distributed_executor_backend = "uni"
     return AsyncLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
 
 

@@ -88,7 +88,7 @@ class Worker:
         self._client = connect(self._hello)
         self._heartbeat_seconds = 1.0
         self._samples: dict[tuple[int, int], tuple[Task, asyncio.Task]] = {}
-        self._activities: Counter[str] = Counter()  # what running samples wait for, or do
+        self._activities: Counter[str] = Counter()  # what running samples and the loader do, or wait for
         self._welcomed = asyncio.Event()
         self._wanted: Manifest | None = None  # the newest version that is not loaded yet
         self._loader: asyncio.Task | None = None
@@ -204,9 +204,9 @@ class Worker:
         """Loads the newest version that was asked for; those that were overtaken meanwhile are left out."""
         while self._wanted is not None:
             manifest, self._wanted = self._wanted, None
-            self._settle_clock()
             try:
-                timings, error = await self._load(manifest), ""
+                with self._busy("loading"):
+                    timings, error = await self._load(manifest), ""
             except WeightsRefused as refused:
                 timings, error = {}, str(refused)
                 self.counts["weights_refused"] += 1
@@ -222,8 +222,6 @@ class Worker:
                 timings=timings, error=error,
             )  # fmt: skip
             await self._send(loaded)
-        self._loader = None  # the clock asks for it
-        self._settle_clock()
 
     async def _load(self, manifest: Manifest) -> dict[str, float]:
         if self._ready.is_set():
@@ -325,7 +323,7 @@ class Worker:
             return "loading_weights"
         if self._activities["generating"]:
             return "generating"
-        if self._loader is not None:
+        if self._activities["loading"]:
             return "loading_weights"
         for activity, phase in (("tool", "running_tools"), ("verifying", "waiting:rewards")):
             if self._activities[activity]:
