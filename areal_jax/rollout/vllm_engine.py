@@ -320,12 +320,9 @@ def _completion(output: Any) -> Completion:
 
 def _create(args: dict[str, Any]) -> AsyncLLM:
     """Start vLLM with settings that also suit a machine without a GPU; raises `ValueError` for an unknown argument."""
-    threads = (len(os.sched_getaffinity(0)) - 1) // args.get("tensor_parallel_size", 1)
     for name, value in {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; otherwise a share of the whole machine's memory
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every worker binds to the same cores
-        "OMP_NUM_THREADS": str(max(1, threads)),  # a core is left to the other processes of the run
-        "OMP_WAIT_POLICY": "passive",  # threads that spin at every barrier starve each other on shared cores
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }.items():
@@ -345,6 +342,10 @@ def _create(args: dict[str, Any]) -> AsyncLLM:
         raise ValueError(f"vLLM has no engine argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     if current_platform.is_cpu():
         args = {"enforce_eager": True, **args}
+        # One core is left to the other processes of the run; and threads that spin at barriers starve each other there.
+        threads = (len(os.sched_getaffinity(0)) - 1) // args.get("tensor_parallel_size", 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     engine_args = AsyncEngineArgs(**args, weight_transfer_config=WeightTransferConfig(backend=vllm_weights.BACKEND))
     config = engine_args.create_engine_config()
     if current_platform.is_cpu():

@@ -31,8 +31,10 @@ ABSENT = """
 from importlib.machinery import PathFinder
 
 _find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, path=None, target=None: (
-    None if name.partition(".")[0] in {absent!r} else _find(name, path, target)
+PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None: (
+        None if name.partition(".")[0] in {absent!r} else _find(name, path, target)
+    )
 )
 """
 
