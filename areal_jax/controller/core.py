@@ -104,11 +104,11 @@ class Core(Scheduler):
         if worker := self.fleet.workers.get(beat.name):
             worker.heard, worker.phase = now, beat.phase
 
-    def goodbye(self, name: str, now: float) -> None:
-        """A role ends in good order: what it ran goes to others."""
+    def goodbye(self, name: str, now: float, *, died: bool = False, reason: str = "") -> None:
+        """A role ends, in good order or not: what it ran goes to others."""
         self.telemetry.gone(name)
         if name in self.fleet.workers:
-            self._lose(name, now, died=False, why="said goodbye")
+            self._lose(name, now, died=died, why=f"said goodbye ({reason})")
             self._schedule(now)
 
     def sample_done(self, done: m.SampleDone, now: float) -> None:

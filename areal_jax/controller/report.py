@@ -154,6 +154,9 @@ class Telemetry:
             "perf/gen_tokens_per_s": (self._tokens() - self._tokens_at_last) / seconds,
         }
         report |= {f"staleness/hist_{lag}": float((lags == lag).sum()) for lag in range(int(lags.max()) + 1)}
+        for worker in core.fleet:  # of each part the slowest worker's, in its last update
+            for part, took in worker.timings.items():
+                report[f"update/{part}"] = max(took, report.get(f"update/{part}", 0.0))
         self._last, self._last_at, self._tokens_at_last = now_counts, now, self._tokens()
         return report
 

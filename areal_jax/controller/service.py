@@ -157,7 +157,7 @@ class Service:
             case m.WeightsLoaded():
                 core.weights_loaded(message, now)
             case m.Goodbye():
-                core.goodbye(message.name, now)
+                core.goodbye(message.name, now, died=message.died, reason=message.reason)
                 self._names.pop(self._peers.pop(message.name), None)
 
     def _ask(self, message: m.GetBatch | m.Evaluate, now: float) -> m.Message:

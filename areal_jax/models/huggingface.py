@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -45,24 +46,32 @@ def hf_tensor_specs(model: Model, dtype=jnp.bfloat16) -> list[tuple[str, tuple[i
     ]
 
 
-def to_hf(model: Model, params: Params, dtype=jnp.bfloat16) -> Iterator[tuple[str, np.ndarray]]:
+def to_hf(
+    model: Model, params: Params, dtype=jnp.bfloat16, *, timings: dict[str, float] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters as checkpoint tensors, one at a time, in the order of `hf_tensor_specs`.
 
     Each parameter is cast on its device and fetched once, all layers together; the tensors are views of it. Adapters
-    are merged. With several processes all must iterate: sharded parameters are gathered.
+    are merged. With several processes all must iterate: sharded parameters are gathered. `timings["gather"]`, where
+    given, grows by the seconds that this takes: bringing the shards together and to the host.
     """
     dtype = jnp.dtype(dtype)
     flat = flatten(lora_lib.merge(model, params))
+    timings = {} if timings is None else timings
     for row in rows(model.config, flat):
-        value = _fetch(flat[row.path], dtype)
+        value = flat[row.path]
+        if value.dtype != dtype:
+            value = jax.block_until_ready(value.astype(dtype))
+        start = time.perf_counter()
+        value = _fetch(value)
+        timings["gather"] = timings.get("gather", 0.0) + time.perf_counter() - start
         shape = row.hf_shape(value.shape)
         for name, index in row.names(value.shape):
             yield name, value[index].reshape(shape)
 
 
-def _fetch(x: jax.Array, dtype: np.dtype) -> np.ndarray:
-    if x.dtype != dtype:
-        x = x.astype(dtype)
+def _fetch(x: jax.Array) -> np.ndarray:
+    """The whole of `x` on this host."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         from jax.experimental import multihost_utils
 

@@ -230,6 +230,7 @@ class Training:
             "wall_seconds": self.memory["wall_seconds"] + self.clock.age(),
             "trained_tokens": self.memory["trained_tokens"],
             "max_staleness": max(self.memory.get("max_staleness", 0), summary.get("max_staleness", 0)),
+            "worst_mismatch": self.memory.get("worst_mismatch"),
             "recompiles_after_warmup": compiled,
             "trainer_idle_fraction": idle_fraction(idle),
             "trainer_seconds": idle,
@@ -241,18 +242,19 @@ class Training:
 
     def publish(self, *, wait: bool = False) -> None:
         """Sends the current weights on their way; with several processes all gather, so that they must wait."""
-        named = models.to_hf(self.learner.model, self.learner.state.params, self.settings.trainer.publish_dtype)
-        version = self.learner.version
+        dtype, version = self.settings.trainer.publish_dtype, self.learner.version
+        measured: dict[str, float] = {}
+        named = models.to_hf(self.learner.model, self.learner.state.params, dtype, timings=measured)
         if jax.process_count() > 1 or wait:
             with self.clock.phase("publishing"):
                 if self.publisher is not None:
-                    self.publisher.publish(version, named)
+                    self.publisher.publish(version, named, measured)
                 else:
                     for _ in named:  # takes part in the gathering
                         pass
                 distributed.agree(True, False)  # nobody goes on before the controller knows
         elif self.publisher is not None:
-            self.publisher.start(version, named)
+            self.publisher.start(version, named, measured)
 
     def wait_for_publisher(self) -> None:
         """Until nobody reads the old parameters any more."""
@@ -268,6 +270,8 @@ class Training:
         report = pending.report() | extra
         staleness = report.get("staleness/max", 0)
         self.memory["max_staleness"] = max(self.memory.get("max_staleness", 0), int(staleness))
+        if (mismatch := report.get("mismatch/logprob_abs_diff_mean")) is not None:
+            self.memory["worst_mismatch"] = max(mismatch, self.memory.get("worst_mismatch") or 0.0)
         if warning := measure.diagnose(report, compute_dtype=self.settings.trainer.compute_dtype):
             report["warning"] = warning
             log.warning("version %d: %s", pending.version, warning)
