@@ -129,8 +129,18 @@ def _flatten(state: TrainState) -> dict[str, Any]:
 
 def read_memory(folder: str | os.PathLike) -> dict[str, Any]:
     """What the newest checkpoint remembers, without reading an array: `config`, results; for tools."""
+    memory = _read(folder, memory=ocp.args.JsonRestore())["memory"]
+    return json.loads(json.dumps(dict(memory)))
+
+
+def read_controller(folder: str | os.PathLike) -> bytes:
+    """The controller's state in the newest checkpoint, as `controller.snapshot.save` made it; for tools."""
+    read = _read(folder, memory=ocp.args.JsonRestore(), controller=ocp.args.StandardRestore())
+    return np.asarray(read["controller"]["data"]).tobytes()[: read["memory"]["controller_bytes"]]
+
+
+def _read(folder: str | os.PathLike, **items: Any) -> Any:
     with ocp.CheckpointManager(Path(folder).absolute()) as manager:
         if manager.latest_step() is None:
             raise CheckpointError(f"there is no checkpoint in {folder}")
-        read = manager.restore(manager.latest_step(), args=ocp.args.Composite(memory=ocp.args.JsonRestore()))
-    return json.loads(json.dumps(dict(read["memory"])))
+        return manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))
