@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools import accounts  # noqa: E402
 
-VICTIMS = {"rollout": 6, "rewards": 2, "controller": 2, "trainer": 1, "launcher": 0.15, "everything": 0.15}  # weights
+VICTIMS = {"rollout": 4, "rewards": 3, "controller": 3, "trainer": 1, "launcher": 0.1, "everything": 0.1}  # weights
 SETTINGS = {
     "name": "soak", "data.train": "arithmetic:count=512,seed=1,min_terms=2,max_terms=6", "data.eval": "",
     "controller.batch_size": 16, "controller.group_size": 4, "controller.max_staleness": 4,
@@ -45,7 +45,10 @@ SETTINGS = {
 }  # fmt: skip
 ENDLESS = 10**6  # steps
 MARK = "AREAL_JAX_SOAK"  # in the environment of all processes of the run, which is how they are found
-ROLE = re.compile(r"areal_jax\.(rollout|rewards|controller|trainer|launch\.guardian)\b|accounts\.py (trainer|launch)\b")
+ROLE = re.compile(
+    r"areal_jax\.(rollout|rewards\.worker|rewards|controller|trainer|launch\.guardian)\b"
+    r"|accounts\.py (trainer|launch)\b"
+)
 GONE_SECONDS = 90.0  # for what is left to end, when the launcher was killed
 
 
@@ -114,7 +117,8 @@ def _name(process: psutil.Process) -> str:
         return ""
     if (match := ROLE.search(words)) is None:
         return ""
-    kind = {"launch": "launcher", "launch.guardian": "guardian"}.get(name := match[1] or match[2], name)
+    name = match[1] or match[2]
+    kind = {"launch": "launcher", "launch.guardian": "guardian", "rewards.worker": "rewards-pool"}.get(name, name)
     index = re.search(r"--(?:index|process) (\d+)", words)
     return f"{kind}-{index[1]}" if index else kind
 
@@ -282,7 +286,7 @@ def draw(found: dict[str, Any], path: Path, window: float = 30.0) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--every", default="2,8", help="seconds between two kills, least and most; 0: no kills")
+    parser.add_argument("--every", default="3,12", help="seconds between two kills, least and most; 0: no kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, default=Path("runs/soak"), help="a new folder")
     parser.add_argument("--json", type=Path)

@@ -2,9 +2,9 @@
 in a folder of this user's own in shared memory, named after the run.
 
 A version file holds tensor bytes, each tensor starting on a multiple of 64 bytes; what they are is said by the
-manifest. One in memory ends with its name, which says whether its pages are still those of that version: they are
-written again for another one when nobody maps them. A reader holds a shared `flock` on the file for as long as anything maps it: the publisher writes a new
-version into an old file's pages only when it can get the exclusive lock.
+manifest. A reader holds a shared `flock` on the file for as long as anything maps it: the publisher writes a new
+version into an old file's pages only when it can get the exclusive lock. A file in memory ends with its name: whether
+its pages are still those of that version.
 """
 
 from __future__ import annotations
