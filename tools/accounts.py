@@ -14,9 +14,12 @@ import dataclasses
 import json
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,7 +31,7 @@ class Trained:
 
     version: int
     at: float  # seconds since the epoch
-    groups: list[list[int]]  # [group number, epoch, record, samples, oldest version among the tokens]
+    groups: list[list[int]]  # [group number, epoch, record, samples, oldest version among the tokens, digest of all]
 
 
 def read(workdir: Path) -> list[Trained]:
@@ -54,10 +57,10 @@ def problems(lines: list[Trained], ledger: Any, *, steps: int, bound: int, group
     timeline, found = kept(lines, steps), []
     if missing := set(range(steps)) - {batch.version for batch in timeline}:
         found.append(f"no batch is known for steps {sorted(missing)[:10]}")
-    times = Counter((epoch, record) for batch in timeline for _, epoch, record, _, _ in batch.groups)
+    times = Counter((epoch, record) for batch in timeline for _, epoch, record, *_ in batch.groups)
     found += [f"record {i} of epoch {epoch} was trained on {n} times" for (epoch, i), n in times.items() if n > 1]
     for batch in timeline:
-        for number, _, _, samples, oldest in batch.groups:
+        for number, _, _, samples, oldest, _ in batch.groups:
             if not 0 <= batch.version - oldest <= bound:
                 found.append(f"step {batch.version} trained on version {oldest} (group {number}); the bound is {bound}")
             if samples != group_size:
@@ -117,6 +120,17 @@ def launch(arguments: list[str]) -> int:
     return program.main(arguments)
 
 
+def row(group: Any) -> list[int]:
+    """What `Trained.groups` keeps of a `GroupResult`."""
+    trajectories = [t for sample in group.samples for t in sample]
+    digest = 0
+    for t in trajectories:
+        for part in (t.tokens, t.logprobs, t.versions, np.float64(t.reward)):
+            digest = zlib.crc32(np.ascontiguousarray(part).tobytes(), digest)
+    oldest = min(t.oldest_version for t in trajectories)
+    return [group.group, group.epoch, group.record_index, len(group.samples), oldest, digest]
+
+
 def trainer(arguments: list[str]) -> int:
     """The trainer's program, with a record of what it trains on."""
     from areal_jax.trainer import __main__ as program
@@ -128,11 +142,8 @@ def trainer(arguments: list[str]) -> int:
         path.write_text(path.read_text().rpartition("\n")[0] + "\n")  # cut off by a kill
 
     def recorded(groups, version, *others, **options):
-        rows = [
-            [g.group, g.epoch, g.record_index, len(g.samples), min(t.oldest_version for s in g.samples for t in s)]
-            for g in groups
-        ]
         with path.open("a") as file:
+            rows = [row(group) for group in groups]
             file.write(json.dumps({"version": version, "at": time.time(), "groups": rows}) + "\n")
         return make_batch(groups, version, *others, **options)
 

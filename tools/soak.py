@@ -32,9 +32,11 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from areal_jax.launch import child  # noqa: E402
 from tools import accounts  # noqa: E402
 
-VICTIMS = {"rollout": 4, "rewards": 3, "controller": 3, "trainer": 1, "launcher": 0.1, "everything": 0.1}  # weights
+# How often whom: what starts in a second more often than what loads and compiles for half a minute.
+VICTIMS = {"controller": 5, "rewards": 4, "rollout": 2, "trainer": 0.7, "launcher": 0.1, "everything": 0.1}
 SETTINGS = {
     "name": "soak", "data.train": "arithmetic:count=512,seed=1,min_terms=2,max_terms=6", "data.eval": "",
     "controller.batch_size": 16, "controller.group_size": 4, "controller.max_staleness": 4,
@@ -61,7 +63,8 @@ class Run:
 
     def start(self, steps: int = ENDLESS) -> None:
         settings = SETTINGS | {"trainer.steps": steps}
-        command = [sys.executable, str(ROOT / "tools/accounts.py"), "launch", "--config=configs/quickstart.py"]
+        command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when this process does
+        command += [sys.executable, str(ROOT / "tools/accounts.py"), "launch", "--config=configs/quickstart.py"]
         command += [f"--workdir={self.workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
         with open(self.workdir.with_suffix(".log"), "ab") as log:
             self.launcher = subprocess.Popen(
@@ -101,6 +104,10 @@ class Run:
             with contextlib.suppress(psutil.Error):
                 words.append(f"process {process.pid} was left: {' '.join(process.cmdline())[:120]}")
         return words
+
+    def log(self, lines: int = 40) -> str:
+        """The end of what the launcher has printed."""
+        return "\n".join(self.workdir.with_suffix(".log").read_text().splitlines()[-lines:])
 
     def shared_memory(self) -> list[str]:
         """What the run has left in the memory file system."""
@@ -195,7 +202,10 @@ class Soak:
         if (code := self.run.launcher.wait(GONE_SECONDS)) != 130:
             self.problems.append(f"after SIGINT the launcher's exit code is {code}, not 130")
         self.problems += self.run.left(1.0) + self.run.shared_memory()
-        steps = accounts.newest_state(self.run.workdir).version + extra
+        trained = max(batch.version for batch in accounts.read(self.run.workdir)) + 1
+        if (saved := accounts.newest_state(self.run.workdir).version) < trained - 1:  # it may be hit while it restarts
+            self.problems.append(f"SIGINT came after step {trained}; the newest checkpoint is of version {saved}")
+        steps = saved + extra
         self.run.start(steps)
         if (code := self.run.launcher.wait(600)) != 0:
             self.problems.append(f"the last leg's exit code is {code}")
