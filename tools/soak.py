@@ -166,19 +166,30 @@ class Soak:
         self.series.append(row)
 
     def kill(self) -> None:
-        """SIGKILL to somebody who is there."""
+        """SIGKILL to somebody who is there.
+
+        Mostly to one that has seen a step since its last death: on a slow machine the run must get on between two.
+        """
         roles = self.run.roles()
         kind = self.random.choices(list(VICTIMS), list(VICTIMS.values()))[0]
         names = sorted(name for name in roles if name.split("-")[0] == kind)
-        self.events.append({"at": round(time.time() - self.began, 2), "kind": kind})
+        if kind in ("launcher", "everything"):
+            names = [kind]
+        if not names or (kind == "trainer" and not self._has_checkpoint()):
+            return
+        name, at = self.random.choice(names), round(time.time() - self.began, 2)
+        last = max((event["at"] for event in self.events if event["name"] == name), default=0.0)
+        trained = accounts.read(self.run.workdir)[-1:]
+        idle = not trained or trained[0].at - self.began < last
+        if idle and (kind in ("launcher", "everything") or self.random.random() > 0.2):
+            return
+        self.events.append({"at": at, "kind": kind, "name": name})
         if kind in ("launcher", "everything"):
             victims = [self.run.launcher.pid] if kind == "launcher" else [p.pid for p in self.run.processes()]
             self._start_again(victims, kind)
-        elif names and (kind != "trainer" or self._has_checkpoint()):
-            with contextlib.suppress(psutil.Error):
-                roles[self.random.choice(names)][0].kill()
         else:
-            self.events.pop()
+            with contextlib.suppress(psutil.Error):
+                roles[name][0].kill()
 
     def _has_checkpoint(self) -> bool:
         from areal_jax.launch.roles import has_checkpoint
