@@ -74,6 +74,7 @@ class Training:
         self.memory: dict[str, Any] = {"config": settings.config, "wall_seconds": 0.0, "trained_tokens": 0}
         self._asked = -1  # the version whose evaluation was begun last
         self.pending: tuple[Pending, dict[str, Any]] | None = None
+        self.saves_failed = 0
         self.evaluation: BackgroundEvaluation | None = None  # beside training
         self.idle_from: dict[str, float] = {}  # the clock when training began
 
@@ -186,6 +187,7 @@ class Training:
         batch = make_batch(message.groups, message.version, self.estimator, max_staleness=bound)
         pending = self.learner.step(batch, before_update=self.wait_for_publisher)
         self.note_evaluation()  # of the version before, which is published by now
+        self.note_failed_saves()
         self.flush_report()  # of the step before, while this one is computed
         jax.block_until_ready(self.learner.state.version)
         self.publish()
@@ -235,6 +237,7 @@ class Training:
             "trainer_idle_fraction": idle_fraction(idle),
             "trainer_seconds": idle,
             "skipped_updates": self.guard.skipped,
+            "checkpoints_failed": self.saves_failed,
         }
         _write_json(self.workdir / "summary.json", summary)
 
@@ -267,7 +270,7 @@ class Training:
         if self.pending is None:
             return
         (pending, extra), self.pending = self.pending, None
-        report = pending.report() | extra
+        report = pending.report() | extra | {"checkpoint/failed": self.saves_failed}
         staleness = report.get("staleness/max", 0)
         self.memory["max_staleness"] = max(self.memory.get("max_staleness", 0), int(staleness))
         if (mismatch := report.get("mismatch/logprob_abs_diff_mean")) is not None:
@@ -338,6 +341,15 @@ class Training:
             controller = self.link.request(m.GetState(version=self.learner.version))
             memory = self.memory | {"wall_seconds": self.memory["wall_seconds"] + self.clock.age()}
             self.checkpoints.save(self.learner.state, controller.data, memory, wait=wait)
+        self.note_failed_saves()
+
+    def note_failed_saves(self) -> None:
+        """A checkpoint that could not be written is no reason to end: the one before is whole, the next may succeed."""
+        self.checkpoints.poll()
+        for problem in self.checkpoints.failed:
+            log.warning("%s; going on, the newest checkpoint is of version %s", problem, self.checkpoints.latest())
+        self.saves_failed += len(self.checkpoints.failed)
+        self.checkpoints.failed.clear()
 
 
 def _since(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:
