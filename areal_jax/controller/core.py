@@ -5,7 +5,6 @@ No sockets, clock, files or threads, and the same inputs give the same outputs. 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from areal_jax.controller import diagnosis, snapshot
@@ -79,9 +78,9 @@ class Core(Scheduler):
             self._lose(name, now, died=False, claimable=True, why="does not take messages")
             self._schedule(now)
 
-    def alive(self, role: str, since: float = -math.inf) -> bool:
-        """Whether any process of `role` is there, and has said something since then."""
-        return any(party.role == role and party.heard >= since for party in self.telemetry.parties.values())
+    def alive(self, role: str) -> bool:
+        """Whether any process of `role` is there."""
+        return any(party.role == role for party in self.telemetry.parties.values())
 
     def heard(self, name: str, now: float) -> None:
         """`name` has said something."""

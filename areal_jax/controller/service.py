@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from areal_jax.transport.sockets import HELLO_FIRST, Peer, Server
 LONG_POLL = 1.0  # seconds a request may wait for its answer before `NotReady`
 JOURNAL_EVERY = 1.0  # seconds of work that a killed controller may cost
 LAST_WORDS = 5.0  # seconds after the end in which others still get answers
-SAVING = 30.0  # the same for a trainer that is saving, when everybody was told to end at once
 
 
 class Service:
@@ -44,7 +42,6 @@ class Service:
         self._replaced: deque[Peer] = deque(maxlen=256)  # rollout workers whose name another process has taken
         self._waiting: list[tuple[Peer, m.Message, float]] = []
         self._end_at: float | None = None
-        self._save_until = -math.inf
         self._ended = asyncio.Event()
 
     async def run(self) -> str | None:
@@ -64,11 +61,10 @@ class Service:
         return self.core.stopped
 
     def end(self, reason: str) -> None:
-        """Tell everybody to end, then return from `run` soon: when no trainer is there that may have to save."""
+        """Tell everybody to end, then return from `run` soon."""
         if self._end_at is None:
             self.core.shutdown(reason)
             self._end_at = self._clock() + 0.5
-            self._save_until = self._clock() + SAVING
 
     async def _receive(self) -> None:
         async for peer, message in self.server:
@@ -79,7 +75,6 @@ class Service:
 
     async def _tick(self) -> None:
         period = min(0.25, self.core.config.heartbeat_seconds / 2)
-        recently = max(3.0, 3 * self.core.config.heartbeat_seconds)
         last = self._clock()
         while True:
             await asyncio.sleep(period)
@@ -89,8 +84,7 @@ class Service:
             last = now
             self.core.tick(now)
             await self._act()
-            over = self._end_at is not None and (now >= self._end_at or not self.core.alive("rollout"))
-            if over and (now >= self._save_until or not self.core.alive("trainer", since=now - recently)):
+            if self._end_at is not None and (now >= self._end_at or not self.core.alive("rollout")):
                 self._ended.set()
 
     # --- Messages --------------------------------------------------------------------------------------------------

@@ -9,9 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
-
-from areal_jax.metrics.lines import append_to
+from typing import NamedTuple, Protocol, TextIO
 
 
 class TrainedGroup(NamedTuple):
@@ -38,7 +36,7 @@ class TrainedWriter:
     """Appends to the file in `workdir`; every line is on its way to the disk when `write` returns."""
 
     def __init__(self, workdir: str | os.PathLike):
-        self._file = append_to(Path(workdir) / "trained.jsonl")
+        self._file = _append_to(Path(workdir) / "trained.jsonl")
 
     def write(self, version: int, groups: Sequence[Group]) -> None:
         """The step from `version` to `version + 1` was made with these groups."""
@@ -75,3 +73,10 @@ def read_trained(workdir: str | os.PathLike) -> dict[int, list[TrainedGroup]]:
             del steps[version]
         steps[row["version"]] = [TrainedGroup(*group) for group in row["groups"]]
     return steps
+
+
+def _append_to(path: Path) -> TextIO:
+    """Opens the file for more lines; half a line at its end, of a writer that was killed, is cut off first."""
+    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8")

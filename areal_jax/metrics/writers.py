@@ -9,8 +9,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from areal_jax.metrics.lines import append_to
-
 
 class MetricsWriter:
     """Writes to `workdir/metrics.jsonl` (flushed line by line), `workdir/tensorboard/` and, if asked, wandb.
@@ -23,7 +21,7 @@ class MetricsWriter:
         self, workdir: str | os.PathLike, tensorboard: bool = True, wandb: bool = False, *, name: str = "", config=None
     ):
         os.makedirs(workdir, exist_ok=True)
-        self._file = append_to(os.path.join(workdir, "metrics.jsonl"))
+        self._file = open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = self._wandb = None
         if tensorboard:
             from tensorboardX import SummaryWriter

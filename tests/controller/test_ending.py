@@ -1,4 +1,4 @@
-"""How a controller ends: it stays for a trainer that has to save, and takes its journal along."""
+"""The end of a run, seen from the controller: nothing of its report is lost, and its journal goes last."""
 
 import asyncio
 
@@ -23,52 +23,10 @@ class Life:
         self.journal = Journal(workdir)
         self.server = Server("tcp://127.0.0.1:*", "controller", workdir)
         self.service = Service(self.core, self.server, "test", self.now, self.journal)
-        self.ticked = asyncio.Event()
-        tick = self.core.tick
-        self.core.tick = lambda now: (tick(now), self.ticked.set())
         self.serving = asyncio.create_task(self.service.run())
 
     def now(self):
         return asyncio.get_running_loop().time() + self.away
-
-    async def tick(self, times=3):
-        for _ in range(times):
-            self.ticked.clear()
-            await self.ticked.wait()
-
-
-def trainer_beats(life):
-    life.core.heartbeat(m.Heartbeat(name="trainer-0", phase="training"), life.now())
-
-
-def test_it_stays_while_a_trainer_saves_and_no_longer(tmp_path):
-    async def body():
-        life = Life(tmp_path)
-        life.core.hello(m.Hello(role="trainer", name="trainer-0", host="h", pid=1), life.now())
-        await life.tick()
-        life.service.end("told to")
-        life.away += 2.0  # more than it takes without a trainer
-        trainer_beats(life)
-        await life.tick()
-        assert not life.serving.done()
-        life.core.goodbye("trainer-0", life.now())
-        await life.serving
-        life.server.close()
-
-    asyncio.run(asyncio.wait_for(body(), 30))
-
-
-def test_a_trainer_that_is_dead_holds_it_up_for_seconds_only(tmp_path):
-    async def body():
-        life = Life(tmp_path)
-        life.core.hello(m.Hello(role="trainer", name="trainer-0", host="h", pid=1), life.now())
-        await life.tick()
-        life.service.end("told to")
-        life.away += 5.0
-        await life.serving
-        life.server.close()
-
-    asyncio.run(asyncio.wait_for(body(), 30))
 
 
 def test_killed_after_the_last_report_it_is_followed_by_one_that_can_give_it_again(tmp_path):

@@ -248,6 +248,7 @@ def judge(run: Run, code: int | None) -> Iterator[str]:
     if fault.restarts is not None and not fault.launcher_dies and run.struck and again < fault.restarts:
         yield f"{again} processes were started again, expected {fault.restarts}"
     yield from accounts(run.workdir, fault.quarantined)
+    yield from secrets(run.workdir)
 
 
 def accounts(workdir: Path, quarantined: int) -> Iterator[str]:
@@ -289,6 +290,16 @@ def accounts(workdir: Path, quarantined: int) -> Iterator[str]:
         yield f"metrics.jsonl has the steps {rows}"
     if not (workdir / "export" / "model.safetensors").exists():
         yield "there is no exported checkpoint"
+
+
+def secrets(workdir: Path) -> Iterator[str]:
+    """What others could read: the folder itself, and keys in what the run wrote."""
+    if workdir.stat().st_mode & 0o077:
+        yield f"{workdir} is open to others"
+    keys = [path.read_bytes() for path in (workdir / "keys").glob("*.secret")]
+    for path in (*workdir.glob("logs/*"), *workdir.glob("*.json*"), *workdir.glob("timeline/*")):
+        if any(key in path.read_bytes() for key in keys):
+            yield f"a secret key is in {path}"
 
 
 def left_behind(run: Run) -> Iterator[str]:
