@@ -23,7 +23,7 @@ from areal_jax.transport.errors import TransportError
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.transport.sockets import Server
 
-CANNOT_GO_ON = 5  # exit code: the run is over, with a diagnosis; another controller would only come to it again
+CANNOT_GO_ON = 70  # exit code: the run is at its end, with a reason; another controller would find the same
 
 
 def make_core(config: dict[str, Any], incarnation: int, now: float) -> Core:

@@ -22,9 +22,7 @@ from areal_jax.launch.guardian import end_groups, send
 from areal_jax.transport.silence import take_silence
 
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
-SETTING_WRONG = 2  # exit codes of a role: nothing can change by starting it again
-CANNOT_GO_ON = 5  # the controller has ended the run, with a diagnosis
-FINAL = (SETTING_WRONG, CANNOT_GO_ON)
+FINAL = (2, 70)  # exit codes of a role: a setting is wrong, the run cannot go on; starting it again changes nothing
 TOLD_TO_STOP = 75  # it has saved what it needs to go on
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
 
@@ -38,7 +36,6 @@ class Role:
     env: dict[str, str]  # the whole environment
     restarts: int = 0  # times that it may die in a row
     nice: int = 0
-    may_restart: Callable[[], bool] = lambda: True  # asked after a death
     peers: str = ""  # roles with the same word stand in for one another: one of them may be given up
 
 
@@ -163,7 +160,7 @@ class Supervisor:
             process.deaths = 0
         process.deaths += 1
         how = describe_exit(code)
-        if process.deaths <= role.restarts and code not in FINAL and role.may_restart():
+        if process.deaths <= role.restarts and code not in FINAL:
             self._tell(f"{role.name} {how}; starting it again ({process.deaths} of {role.restarts})")
             self.restarts += 1
             self._spawn(process)

@@ -183,8 +183,8 @@ class Run:
 
     def random_moment(self) -> None:
         """Wait for a moment that the seed draws: so many steps made, and some tenths of a second."""
-        steps = self.random.randrange(STEPS)
-        delay = self.random.uniform(0.0, 1.0 if steps else 8.0)
+        steps = self.random.randrange(STEPS - 1)
+        delay = self.random.uniform(0.0, 0.5 if steps else 8.0)
         self.where = f"after {steps} steps and {delay:.1f} s"
         if self.until(lambda: self.steps() >= steps and (self.workdir / "logs").exists()):
             deadline = time.monotonic() + delay

@@ -31,13 +31,15 @@ _VISITS = {  # a run has some 120 samples, 8 steps, 4 checkpoints, 3 evaluations
     "trainer, waiting for a batch": TWICE + 1,
     "trainer, during a checkpoint": 2,
 }
-_EARLY = {"trainer, before the first weights", "trainer, waiting for an evaluation"}  # there is no checkpoint yet
+POISON = "rollout, a certain prompt is begun"
 
 
 def at_points() -> list[Fault]:
     """Each role is killed at each of its points; one point of each role ends it by an exception instead."""
     faults = []
     for point, where in POINTS.items():
+        if point == POISON:
+            continue
         verifier = point.startswith("verifier")
         faults.append(
             Fault(
@@ -61,6 +63,7 @@ def at_points() -> list[Fault]:
         faults.append(
             Fault(role="launcher", action="kill parent", point=point, visit=visit, launcher_dies=True, restarts=None)
         )
+    faults.append(Fault(role="rollout", action="kill every time", point=POISON, quarantined=1, restarts=5))
     return faults
 
 

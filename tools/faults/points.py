@@ -3,7 +3,7 @@
     python -m tools.faults.points SPEC MODULE ARGUMENTS        # as `python -m MODULE ARGUMENTS`, with the fault of SPEC
 
 SPEC is JSON: the point's name, the action, on which visit of the point, and the file that says that it has happened
-(so that it happens in one process of the run only, unless "always" is set).
+(so that it happens in one process of the run only).
 """
 
 import contextlib
@@ -37,10 +37,15 @@ def _trains(_worker, task, *_) -> bool:
     return not task.evaluation
 
 
+def _poisoned(_worker, task, *_) -> bool:
+    return not task.evaluation and task.record["prompt"] == POISONED
+
+
 def _evaluates(_worker, task, *_) -> bool:
     return task.evaluation
 
 
+POISONED = "1+5+9+6?"  # a prompt of the tiny run's data
 _CORE = "areal_jax.controller.core:Core"
 _SERVICE = "areal_jax.controller.service:Service"
 _WORKER = "areal_jax.rollout.worker:Worker"
@@ -67,6 +72,7 @@ POINTS = {
     "rollout, a sample is done and not sent": Point("rollout", f"{_WORKER}._send", when=_is("SampleDone")),
     "rollout, during a weight load": Point("rollout", "areal_jax.rollout.jax_engine:JaxEngine.update_weights"),
     "rollout, new weights loaded and not yet told": Point("rollout", f"{_WORKER}._send", when=_is("WeightsLoaded")),
+    "rollout, a certain prompt is begun": Point("rollout", f"{_WORKER}._begin", after=True, when=_poisoned),
     "rollout, during an evaluation": Point("rollout", f"{_WORKER}._begin", after=True, when=_evaluates),
     "rewards, before it is ready": Point("rewards", "areal_jax.rewards.pool:VerifierPool.__aenter__"),
     "rewards, a question arrives": Point("rewards", "areal_jax.rewards.service:RewardService._answer"),
@@ -109,12 +115,15 @@ def arm(point: Point, action: Callable[[], None], visit: int) -> None:
 
 class Fault:
     """What happens at the point. Actions: "kill", "raise", "stop" (for `seconds`), "hang", "sleep" (for `seconds`),
-    "kill parent", "kill verifier"."""
+    "kill parent", "kill verifier"; "kill every time" knows no first time."""
 
     def __init__(self, spec: dict[str, Any]):
         self._spec = spec
 
     def __call__(self) -> None:
+        if self._spec["action"] == "kill every time":
+            open(self._spec["fired"], "a").close()
+            self._kill()
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self._spec["fired"], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             getattr(self, "_" + self._spec["action"].replace(" ", "_"))()
