@@ -1,4 +1,4 @@
-"""What the controller decides: messages and the time come in, `Send` and `Stop` actions collect in `outbox`.
+"""What the controller decides: messages and the time come in, `Send`, `Stop` and `Silent` actions collect in `outbox`.
 
 No sockets, clock, files or threads, and the same inputs give the same outputs. `service` puts it on the network.
 """
@@ -11,10 +11,10 @@ from areal_jax.controller import diagnosis, snapshot
 from areal_jax.controller.checks import fault
 from areal_jax.controller.fleet import Slot, Worker
 from areal_jax.controller.ledger import FILTERED, Group, LedgerError, consume
-from areal_jax.controller.scheduling import SUSPECT, Scheduler, Send, Stop
+from areal_jax.controller.scheduling import SUSPECT, Scheduler, Send, Silent, Stop
 from areal_jax.transport import messages as m
 
-__all__ = ["Core", "Send", "Stop"]
+__all__ = ["Core", "Send", "Silent", "Stop"]
 
 _SERVICES = ("verifier_unreachable", "verifier_silent")  # what no verifier did: another try may help
 
@@ -32,6 +32,7 @@ class Core(Scheduler):
     def hello(self, hello: m.Hello, now: float) -> None:
         """A role is there, or there again: then it keeps those samples that it says it runs, and loses the others."""
         self.telemetry.hello(hello, now)
+        self.missing.pop(hello.name, None)
         self.send(hello.name, self._welcome())
         if hello.role != "rollout":
             for worker in self.fleet:
@@ -338,13 +339,28 @@ class Core(Scheduler):
 
     # --- Time ------------------------------------------------------------------------------------------------------
 
+    def overslept(self, seconds: float, now: float) -> None:
+        """This process itself did nothing for so long: nobody is to blame for what was not heard meanwhile."""
+        for party in (*self.telemetry.parties.values(), *self.missing.values()):
+            party.heard = min(now, party.heard + seconds)
+        for worker in self.fleet:
+            worker.heard = min(now, worker.heard + seconds)
+        self.progress_at = min(now, self.progress_at + seconds)
+        self.telemetry.note(f"the controller itself stood still for {seconds:.0f} s", now)
+
     def tick(self, now: float) -> None:
         """Time passes: find the dead, retry what failed, and end a run in which nothing moves."""
         if self.stopped or self.finished:
             return
         for party in self.telemetry.silent(now, self.config.heartbeat_limit):
+            if party.role in ("rollout", "rewards"):
+                self.missing[party.name] = party
             if party.name in self.fleet.workers:
                 self._lose(party.name, now, died=True, claimable=True, why=f"was silent for {now - party.heard:.0f} s")
+        for party in list(self.missing.values()):
+            if (silent := now - party.heard) > 2 * self.config.heartbeat_limit:
+                del self.missing[party.name]
+                self.outbox.append(Silent(party.name, party.host, party.pid, silent, party.phase))
         self._schedule(now)
         if now - self.progress_at > self.config.progress_limit:
             self.stop(

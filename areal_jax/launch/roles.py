@@ -48,19 +48,12 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
         extra = keep | gpus.trainer(i) | launch["trainer_env"]
         # Several JAX processes are one program: when one dies the others cannot go on, so none is restarted alone.
         again = launch["trainer_restarts"] if config["trainer"]["processes"] == 1 else 0
-        options = {"restarts": again, "may_restart": lambda: has_checkpoint(workdir)}
-        roles.append(role("trainer", name, ["--process", str(i)], extra, **options))
+        roles.append(role("trainer", name, ["--process", str(i)], extra, restarts=again))
     for i in range(config["rollout"]["workers"]):
         extra = (keep if config["rollout"]["engine"] == "jax" else {}) | gpus.rollout(i) | launch["rollout_env"]
         options = {"restarts": restarts, "nice": launch["rollout_nice"], "peers": "rollout"}
         roles.append(role("rollout", f"rollout-{i}", ["--index", str(i)], extra, **options))
     return roles, leaders
-
-
-def has_checkpoint(workdir: str | os.PathLike) -> bool:
-    """Whether a trainer that is started again has something to go on from."""
-    folder = Path(workdir) / "checkpoints"
-    return folder.is_dir() and any(entry.is_dir() and entry.name.isdigit() for entry in folder.iterdir())
 
 
 class GpuShares:

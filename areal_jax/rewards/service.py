@@ -157,6 +157,7 @@ class RewardService:
             if self._controller.disconnected_for > self._controller_limit:
                 self.stop(1, f"no connection to the controller for {self._controller_limit:g} s")
             counters = {name: float(count) for name, count in (self.counts + self._restarts()).items()}
+            counters |= {f"refused_{kind}": float(count) for kind, count in self.server.guard.refused.items()}
             gauges = {"pending": float(len(self._pending))}
             beat = Heartbeat(
                 name=self.name, phase=self.clock.current, clock=self.clock.totals(), counters=counters, gauges=gauges

@@ -19,6 +19,7 @@ from areal_jax import models
 from areal_jax.controller.config import ControllerConfig
 from areal_jax.metrics.clock import Clock, idle_fraction, trace_path
 from areal_jax.metrics.config import MetricsConfig
+from areal_jax.metrics.trained import TrainedWriter
 from areal_jax.metrics.writers import MetricsWriter
 from areal_jax.models import Lora, Model, ModelConfig
 from areal_jax.rollout.config import RolloutConfig
@@ -104,6 +105,7 @@ class Training:
                         break
                     self.step(message)
                     if c.checkpoint_every and self.learner.version % c.checkpoint_every == 0:
+                        self.flush_report()  # a run that goes on from there would never write it
                         self.save()
                 self.end()
                 return True
@@ -150,13 +152,14 @@ class Training:
         samples = batch * s.controller.group_size
         self.estimator = AdvantageEstimator(c.advantage, c.advantage_args, batch, samples, c.row_length)
         self.guard = Guard(self.workdir if self.first else None, c.guard, c.equal_rewards_limit)
-        self.publisher = self.writer = None
+        self.publisher = self.writer = self.trained = None
         if self.first:
             address = s.controller.address
             self.publisher = BackgroundPublisher(self.workdir, transport=c.weights_transport, address=address)
             self.held.callback(self.publisher.close)
             metrics = (s.metrics.tensorboard, s.metrics.wandb)
             self.writer = self.held.enter_context(MetricsWriter(self.workdir, *metrics, name=s.name, config=s.config))
+            self.trained = self.held.enter_context(TrainedWriter(self.workdir))
 
     def begin(self) -> None:
         """Publishes the first weights, has them evaluated, and meanwhile compiles the training step."""
@@ -190,6 +193,8 @@ class Training:
         self.note_failed_saves()
         self.flush_report()  # of the step before, while this one is computed
         jax.block_until_ready(self.learner.state.version)
+        if self.trained is not None:
+            self.trained.write(message.version, message.groups)
         self.publish()
         seconds = time.perf_counter() - started
         self.memory["trained_tokens"] += batch.report.get("batch/trained_tokens", 0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.controller.core import Core, Stop
+from areal_jax.controller.core import Core, Silent, Stop
 from areal_jax.controller.journal import Journal
 from areal_jax.transport import messages as m
 
@@ -93,6 +93,7 @@ class World:
         self.stopped: str | None = None
         self.results: list[m.Message] = []  # everything workers ever reported
         self.origin: list[list[tuple[int, str]]] = []  # by trajectory: version and weights of each token
+        self.silent: list[Silent] = []
         self.folder = tempfile.TemporaryDirectory()
         self.journal = Journal(self.folder.name)
         self.core = self.new_core()
@@ -113,6 +114,8 @@ class World:
         for action in self.core.take_actions():
             if isinstance(action, Stop):
                 self.stopped = action.reason
+            elif isinstance(action, Silent):
+                self.silent.append(action)
             elif worker := self.workers.get(action.to):
                 worker.take(action.message)
 
