@@ -152,7 +152,8 @@ def test_workers_load_one_after_another_so_that_the_fleet_never_stands_still(run
 
 def test_a_killed_vllm_is_reported_and_its_samples_go_to_others(run):
     assert "vLLM's engine process ended" in run.goodbye and "with 0 samples" not in run.goodbye, run.goodbye
-    assert run.rejoined["workers_died"] == 1 and run.rejoined["failed"] == {} and run.rejoined["quarantined"] == 0
+    assert run.rejoined["workers_died"] == 1 and run.rejoined["quarantined"] == 0
+    assert run.rejoined["failed"].keys() <= {"weights_refused"}  # no sample; a version may be gone before it is read
     assert run.rejoined["version"] > run.left_at + 8  # and training went on
 
 
