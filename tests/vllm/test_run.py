@@ -123,6 +123,8 @@ def watch(run: Run) -> None:
         maps = [m.path for p in (process, *process.children(recursive=True)) for m in p.memory_maps()]
         run.libraries[side] = {package for package in (*JAX, *TORCH) if any(f"/{package}/" in path for path in maps)}
     engine, *_ = vllm_processes(before["roles"]["rollout-0"]["pid"])
+    engine.suspend()  # so that it has samples when it is killed
+    run.wait(lambda: run.status()["roles"]["rollout-0"]["running"])
     engine.kill()
     notes = run.wait(lambda: [note for note in run.status()["notes"] if "rollout-0 said goodbye" in note], 60)
     run.goodbye = notes[-1]
