@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from areal_jax.controller.core import Core, Send, Stop
+from areal_jax.controller.core import Core, Send, Silent, Stop
 from areal_jax.controller.journal import Journal
 from areal_jax.transport import messages as m
 from areal_jax.transport.sockets import HELLO_FIRST, Peer, Server
@@ -23,7 +23,7 @@ class Service:
     """Runs `core` behind `server` until the run is over, has failed, or `end` is called.
 
     With a `journal`, what must survive this process is written before anyone is told. GetBatch and Evaluate are held
-    for a second, and answered at once when there is something.
+    for a second, and answered at once when there is something. `on_silence` is told of processes that hang.
     """
 
     def __init__(
@@ -33,7 +33,9 @@ class Service:
         run: str,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
+        on_silence: Callable[[Silent], None] = lambda silent: None,
     ):
+        self._on_silence = on_silence
         self.core, self.server, self._run, self._clock, self._journal = core, server, run, clock, journal
         self._journaled_at, self._dirty = clock(), False
         self._peers: dict[str, Peer] = {}  # where each role is reached
@@ -56,6 +58,8 @@ class Service:
         finally:
             for task in (*tasks, ended):
                 task.cancel()
+        if self.core.finished and self._journal is not None:
+            self._journal.remove()
         return self.core.stopped
 
     def end(self, reason: str) -> None:
@@ -77,9 +81,13 @@ class Service:
 
     async def _tick(self) -> None:
         period = min(0.25, self.core.config.heartbeat_seconds / 2)
+        last = self._clock()
         while True:
             await asyncio.sleep(period)
             now = self._clock()
+            if (late := now - last - period) > self.core.config.heartbeat_limit / 4:  # stopped, or short of everything
+                self.core.overslept(late, now)
+            last = now
             self.core.tick(now)
             await self._act()
             if now < self._stay_until and self.core.alive("trainer"):
@@ -125,9 +133,7 @@ class Service:
             case m.Finish():
                 report = core.finish(now) | self._sockets()
                 self._end_at = self._end_at or now + LAST_WORDS
-                if self._journal is not None:
-                    self._journal.remove()
-                    self._journal = None
+                self._write_journal(now)  # which goes last of all: until then another may have to answer this again
                 return m.Status(data=report)
         return m.Refused(reason=f"the controller does not take {type(message).__name__}")
 
@@ -165,7 +171,7 @@ class Service:
             case m.WeightsLoaded():
                 core.weights_loaded(message, now)
             case m.Goodbye():
-                core.goodbye(message.name, now)
+                core.goodbye(message.name, now, died=message.died, reason=message.reason)
                 self._names.pop(self._peers.pop(message.name), None)
 
     def _ask(self, message: m.GetBatch | m.Evaluate, now: float) -> m.Message:
@@ -199,6 +205,8 @@ class Service:
             for action in actions:
                 if isinstance(action, Stop):
                     self._end_at = self._end_at or now + LAST_WORDS
+                elif isinstance(action, Silent):
+                    self._on_silence(action)
                 elif isinstance(action, Send):
                     await self._send(action, now)
 
@@ -210,7 +218,7 @@ class Service:
 
     def _spool(self) -> None:
         finished, self.core.just_finished = self.core.just_finished, []
-        if self._journal is not None and not self.core.finished:  # once it is, the journal is removed
+        if self._journal is not None:
             for group in finished:
                 self._journal.spool(group)
 

@@ -19,6 +19,7 @@ from areal_jax import models
 from areal_jax.controller.config import ControllerConfig
 from areal_jax.metrics.clock import Clock, idle_fraction, trace_path
 from areal_jax.metrics.config import MetricsConfig
+from areal_jax.metrics.trained import TrainedWriter
 from areal_jax.metrics.writers import MetricsWriter
 from areal_jax.models import Lora, Model, ModelConfig
 from areal_jax.rollout.config import RolloutConfig
@@ -104,6 +105,7 @@ class Training:
                         break
                     self.step(message)
                     if c.checkpoint_every and self.learner.version % c.checkpoint_every == 0:
+                        self.flush_report()  # a run that goes on from there would never write it
                         self.save()
                 self.end()
                 return True
@@ -150,13 +152,14 @@ class Training:
         samples = batch * s.controller.group_size
         self.estimator = AdvantageEstimator(c.advantage, c.advantage_args, batch, samples, c.row_length)
         self.guard = Guard(self.workdir if self.first else None, c.guard, c.equal_rewards_limit)
-        self.publisher = self.writer = None
+        self.publisher = self.writer = self.trained = None
         if self.first:
             address = s.controller.address
             self.publisher = BackgroundPublisher(self.workdir, transport=c.weights_transport, address=address)
             self.held.callback(self.publisher.close)
             metrics = (s.metrics.tensorboard, s.metrics.wandb)
             self.writer = self.held.enter_context(MetricsWriter(self.workdir, *metrics, name=s.name, config=s.config))
+            self.trained = self.held.enter_context(TrainedWriter(self.workdir))
 
     def begin(self) -> None:
         """Publishes the first weights, has them evaluated, and meanwhile compiles the training step."""
@@ -190,6 +193,8 @@ class Training:
         self.note_failed_saves()
         self.flush_report()  # of the step before, while this one is computed
         jax.block_until_ready(self.learner.state.version)
+        if self.trained is not None:
+            self.trained.write(message.version, message.groups)
         self.publish()
         seconds = time.perf_counter() - started
         self.memory["trained_tokens"] += batch.report.get("batch/trained_tokens", 0)
@@ -232,6 +237,7 @@ class Training:
             "wall_seconds": self.memory["wall_seconds"] + self.clock.age(),
             "trained_tokens": self.memory["trained_tokens"],
             "max_staleness": max(self.memory.get("max_staleness", 0), summary.get("max_staleness", 0)),
+            "worst_mismatch": self.memory.get("worst_mismatch"),
             "recompiles_after_warmup": compiled,
             "trainer_idle_fraction": idle_fraction(idle),
             "trainer_seconds": idle,
@@ -244,18 +250,19 @@ class Training:
 
     def publish(self, *, wait: bool = False) -> None:
         """Sends the current weights on their way; with several processes all gather, so that they must wait."""
-        named = models.to_hf(self.learner.model, self.learner.state.params, self.settings.trainer.publish_dtype)
-        version = self.learner.version
+        dtype, version = self.settings.trainer.publish_dtype, self.learner.version
+        measured: dict[str, float] = {}
+        named = models.to_hf(self.learner.model, self.learner.state.params, dtype, timings=measured)
         if jax.process_count() > 1 or wait:
             with self.clock.phase("publishing"):
                 if self.publisher is not None:
-                    self.publisher.publish(version, named)
+                    self.publisher.publish(version, named, measured)
                 else:
                     for _ in named:  # takes part in the gathering
                         pass
                 distributed.agree(True, False)  # nobody goes on before the controller knows
         elif self.publisher is not None:
-            self.publisher.start(version, named)
+            self.publisher.start(version, named, measured)
 
     def wait_for_publisher(self) -> None:
         """Until nobody reads the old parameters any more."""
@@ -271,6 +278,8 @@ class Training:
         report = pending.report() | extra | {"checkpoint/failed": self.saves_failed}
         staleness = report.get("staleness/max", 0)
         self.memory["max_staleness"] = max(self.memory.get("max_staleness", 0), int(staleness))
+        if (mismatch := report.get("mismatch/logprob_abs_diff_mean")) is not None:
+            self.memory["worst_mismatch"] = max(mismatch, self.memory.get("worst_mismatch") or 0.0)
         if warning := measure.diagnose(report, compute_dtype=self.settings.trainer.compute_dtype):
             report["warning"] = warning
             log.warning("version %d: %s", pending.version, warning)

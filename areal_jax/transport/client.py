@@ -39,7 +39,7 @@ class Client:
         high_water: int = 1000,
     ):
         self.name, self.server, self.timeout, self.max_bytes = name, server, timeout, max_bytes
-        self.guard = wire.Guard(max_bytes=max_bytes)
+        self.guard = wire.Guard(max_bytes=max_bytes, mute_after=wire.NEVER)  # there is but one server
         self._workdir, self._hello, self._high_water = Path(workdir), hello, high_water
         self._identity, self._session = identity(name)
         self._sequence, self._closed, self._endpoint = 0, False, ""

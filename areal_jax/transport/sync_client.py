@@ -33,7 +33,7 @@ class SyncClient:
         resend: float = 5.0,
     ):
         self.name, self.server, self.max_bytes, self.resend = name, server, max_bytes, resend
-        self.guard = wire.Guard(max_bytes=max_bytes)
+        self.guard = wire.Guard(max_bytes=max_bytes, mute_after=wire.NEVER)  # there is but one server
         self.late = 0  # replies that came after their request had been given up
         self._workdir, self._hello = Path(workdir), hello
         self._identity, self._session = identity(name)

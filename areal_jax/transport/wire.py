@@ -20,6 +20,7 @@ from areal_jax.transport.messages import AnyMessage, Message, decode, encode
 MAGIC = b"AJX1"
 HEADER = struct.Struct(">4sQQQ")
 MAX_BYTES = 1 << 30  # of one message
+NEVER = 1 << 62  # for `mute_after`
 REFUSALS = ("malformed", "oversized", "out_of_order", "muted")
 
 

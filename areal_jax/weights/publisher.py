@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +69,19 @@ class Publisher:
         self._server = ByteServer(address, load_keys(workdir)) if transport == "tcp" else None
 
     def publish(
-        self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], *, published_at: float | None = None
+        self,
+        version: int,
+        named_tensors: Iterable[tuple[str, np.ndarray]],
+        *,
+        published_at: float | None = None,
+        measured: Mapping[str, float] | None = None,
     ) -> Manifest:
         """Write one version and return its manifest; nobody sees the file before it is whole.
 
         Arrays may have any layout and must not change until this returns. `published_at`: seconds since the epoch when
         the optimizer step was done (now, if not given). Afterwards `timings` has seconds for convert (waiting for
-        `named_tensors`) and copy (the rest: bytes and checksums), and the megabytes written.
+        `named_tensors`) and copy (the rest: bytes and checksums), and the megabytes written; what `named_tensors` has
+        put into `measured` meanwhile (seconds by name) is reported too, and taken off convert.
         """
         start = time.perf_counter()
         published_at = time.time() if published_at is None else published_at
@@ -90,7 +96,9 @@ class Publisher:
                 self._server.serve(made.name, made.path)
             self._retire(version, made)
             took = time.perf_counter() - start
-            self.timings = {"convert": converting, "copy": took - converting, "megabytes": nbytes / 1e6}
+            parts = dict(measured or {})
+            parts |= {"convert": converting - sum(parts.values()), "copy": took - converting}
+            self.timings = parts | {"megabytes": nbytes / 1e6}
             return Manifest(
                 version=version,
                 nbytes=nbytes,

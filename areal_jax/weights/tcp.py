@@ -42,6 +42,7 @@ class ByteServer:
         if keys is None and not is_loopback(address):
             raise KeysMissing(f"weights may not be served on {address} without keys in the run's folder")
         self._files: dict[bytes, tuple[int, int]] = {}  # name -> (file descriptor, size)
+        self.refused = 0  # messages that are no request
         self._lock = threading.Lock()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -113,6 +114,7 @@ class ByteServer:
     def _answer(self, parts: list[bytes]) -> None:
         """[client, name, range] -> [client, range, bytes]; no bytes when there is no such file or range."""
         if len(parts) != 3 or len(parts[2]) != _REQUEST.size:
+            self.refused += 1
             return
         client, name, wanted = parts
         offset, size = _REQUEST.unpack(wanted)

@@ -52,6 +52,18 @@ def test_every_dtype_and_layout_arrives_exactly(publisher):
     assert set(publisher.timings) == {"convert", "copy", "megabytes"}
 
 
+def test_what_the_source_of_the_tensors_has_measured_is_reported_apart(publisher):
+    measured = {}
+
+    def gathered():
+        for name, array in tensors().items():
+            measured["gather"] = measured.get("gather", 0.0) + 2.0  # as if each had taken two seconds
+            yield name, array
+
+    publisher.publish(0, gathered(), measured=measured)
+    assert publisher.timings["gather"] == 10.0 and -10.0 < publisher.timings["convert"] < 0.0  # taken off there
+
+
 def test_manifest_survives_the_wire(publisher):
     manifest = publisher.publish(0, tensors().items())
     assert decode(encode(Publish(manifest))).manifest == manifest
