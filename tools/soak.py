@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from areal_jax.launch import child  # noqa: E402
+from areal_jax.metrics.trained import read_trained  # noqa: E402
 from tools import accounts  # noqa: E402
 
 # How often whom: what starts in a second more often than what loads and compiles for half a minute.
@@ -47,10 +48,7 @@ SETTINGS = {
 }  # fmt: skip
 ENDLESS = 10**6  # steps
 MARK = "AREAL_JAX_SOAK"  # in the environment of all processes of the run, which is how they are found
-ROLE = re.compile(
-    r"areal_jax\.(rollout|rewards\.worker|rewards|controller|trainer|launch\.guardian)\b"
-    r"|accounts\.py (trainer|launch)\b"
-)
+ROLE = re.compile(r"areal_jax\.(rollout|rewards\.worker|rewards|controller|trainer|launch\.guardian|launch)\b")
 GONE_SECONDS = 90.0  # for what is left to end, when the launcher was killed
 
 
@@ -64,7 +62,7 @@ class Run:
     def start(self, steps: int = ENDLESS) -> None:
         settings = SETTINGS | {"trainer.steps": steps}
         command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when this process does
-        command += [sys.executable, str(ROOT / "tools/accounts.py"), "launch", "--config=configs/quickstart.py"]
+        command += [sys.executable, "-m", "areal_jax.launch", "--config=configs/quickstart.py"]
         command += [f"--workdir={self.workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
         with open(self.workdir.with_suffix(".log"), "ab") as log:
             self.launcher = subprocess.Popen(
@@ -124,8 +122,9 @@ def _name(process: psutil.Process) -> str:
         return ""
     if (match := ROLE.search(words)) is None:
         return ""
-    name = match[1] or match[2]
-    kind = {"launch": "launcher", "launch.guardian": "guardian", "rewards.worker": "rewards-pool"}.get(name, name)
+    kind = {"launch": "launcher", "launch.guardian": "guardian", "rewards.worker": "rewards-pool"}.get(
+        match[1], match[1]
+    )
     index = re.search(r"--(?:index|process) (\d+)", words)
     return f"{kind}-{index[1]}" if index else kind
 
@@ -139,6 +138,7 @@ class Soak:
         self.events: list[dict[str, Any]] = []
         self.series: list[dict[str, Any]] = []  # one row per second
         self.problems: list[str] = []
+        self.steps: list[float] = []  # when each line of the trainer's record was seen
 
     def spend(self, seconds: float) -> None:
         """Kill and measure for so long; ends early if the run ends, which it should not."""
@@ -159,6 +159,7 @@ class Soak:
     def measure(self) -> None:
         """One row of memory (MB) and descriptors per role, children included; of complete roles only."""
         row: dict[str, Any] = {"at": round(time.time() - self.began, 2)}
+        self.steps += [row["at"]] * (len(_lines(self.run.workdir)) - len(self.steps))
         for name, members in self.run.roles().items():
             with contextlib.suppress(psutil.Error):
                 memory = sum(p.memory_info().rss for p in members) / 1e6
@@ -179,8 +180,7 @@ class Soak:
             return
         name, at = self.random.choice(names), round(time.time() - self.began, 2)
         last = max((event["at"] for event in self.events if event["name"] == name), default=0.0)
-        trained = accounts.read(self.run.workdir)[-1:]
-        idle = not trained or trained[0].at - self.began < last
+        idle = not self.steps or self.steps[-1] < last
         if idle and (kind in ("launcher", "everything") or self.random.random() > 0.2):
             return
         self.events.append({"at": at, "kind": kind, "name": name})
@@ -213,12 +213,16 @@ class Soak:
         if (code := self.run.launcher.wait(GONE_SECONDS)) != 130:
             self.problems.append(f"after SIGINT the launcher's exit code is {code}, not 130")
         self.problems += self.run.left(1.0) + self.run.shared_memory()
-        trained = max(batch.version for batch in accounts.read(self.run.workdir)) + 1
+        trained = max(read_trained(self.run.workdir)) + 1
         if (saved := accounts.newest_state(self.run.workdir).version) < trained - 1:  # it may be hit while it restarts
             self.problems.append(f"SIGINT came after step {trained}; the newest checkpoint is of version {saved}")
         steps = saved + extra
         self.run.start(steps)
-        if (code := self.run.launcher.wait(600)) != 0:
+        deadline = time.monotonic() + 600.0
+        while self.run.launcher.poll() is None and time.monotonic() < deadline:
+            self.measure()
+            time.sleep(0.5)
+        if (code := self.run.launcher.poll()) != 0:
             self.problems.append(f"the last leg's exit code is {code}")
         self.problems += self.run.left(1.0) + self.run.shared_memory()
         return steps
@@ -227,31 +231,37 @@ class Soak:
 def result(soak: Soak, steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """The figures, and the accounts."""
     workdir = soak.run.workdir
-    lines = accounts.read(workdir)
-    state = accounts.newest_state(workdir)
+    trained, state = read_trained(workdir), accounts.newest_state(workdir)
     summary_path = workdir / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
     bound, group_size = SETTINGS["controller.max_staleness"], SETTINGS["controller.group_size"]
-    wrong = accounts.problems(lines, state, steps=steps, bound=bound, group_size=group_size)
-    timeline = accounts.kept(lines, steps)
-    samples = sum(row[3] for batch in timeline for row in batch.groups)
+    wrong = accounts.problems(trained, state, steps=steps, bound=bound, group_size=group_size)
+    samples = sum(group.samples for groups in trained.values() for group in groups)
     if summary.get("trained_samples") != samples:
         wrong.append(f"{samples} samples were trained on, the summary says {summary.get('trained_samples')}")
-    lags = Counter(batch.version - row[4] for batch in timeline for row in batch.groups)
+    lags = Counter(step - group.oldest for step, groups in trained.items() for group in groups)
+    # Of a step that was made again after going back to a checkpoint, the last time counts.
+    times = {json.loads(line)["version"]: at for line, at in zip(_lines(workdir), soak.steps, strict=False)}
     return {
         "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}",
         "load_at_end": round(os.getloadavg()[0], 2),
         "minutes": options.minutes, "seed": options.seed, "kills": dict(Counter(e["kind"] for e in soak.events)),
-        "steps": steps, "steps_taken_again": len(lines) - len(timeline), "samples": samples,
-        "samples_per_second": round(samples / (timeline[-1].at - soak.began), 2),
+        "steps": steps, "steps_made_again": len(_lines(workdir)) - len(trained), "samples": samples,
+        "samples_per_second": round(samples / max(soak.steps), 2),
         "epochs_finished": len(state.ledger.epochs_done), "groups_by_lag": dict(sorted(lags.items())), "bound": bound,
         "quarantined": state.ledger.totals.get("quarantined", 0),
         "late_or_duplicate_results_refused": summary.get("late_results", 0) + summary.get("duplicate_results", 0),
         "longest_end_after_launcher_killed": max((e.get("gone_after", 0.0) for e in soak.events), default=0.0),
         "roles": growth(soak.series), "problems": soak.problems + wrong,
         "events": soak.events, "series": soak.series,
-        "trained": [[round(batch.at - soak.began, 1), sum(row[3] for row in batch.groups)] for batch in timeline],
+        "trained": [[at, sum(group.samples for group in trained[i])] for i, at in times.items() if i in trained],
     }  # fmt: skip
+
+
+def _lines(workdir: Path) -> list[str]:
+    """Whole lines of the trainer's record."""
+    path = workdir / "trained.jsonl"
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def growth(series: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
