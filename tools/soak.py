@@ -2,9 +2,9 @@
 
 Every few seconds one process is killed: a rollout worker, the reward service, the controller, the trainer, now and then
 the launcher itself, or everything at once; then the same command is started again. Meanwhile resident memory and open
-descriptors of every role are written down. After `--minutes` the run is stopped by SIGINT, started once more for a few
-steps, and left to finish. Then every sample is looked for: none may be trained on twice, none lost, none too old; no
-process and no shared memory may be left. `--every=0` kills nobody: a run to see memory stay flat.
+descriptors of every role are written down. `--minutes` after its first step the run is stopped by SIGINT, started once
+more for a few steps, and left to finish. Then every sample is looked for: none may be trained on twice, none lost, none
+too old; no process and no shared memory may be left. `--every=0` kills nobody: a run to see memory stay flat.
 
 Anything wrong is listed, and the exit code is 1. Needs psutil and, for the plot, matplotlib (the extra "dev").
 """
@@ -43,13 +43,14 @@ SETTINGS = {
     "controller.batch_size": 16, "controller.group_size": 4, "controller.max_staleness": 4,
     "controller.heartbeat_limit": 10.0, "rollout.workers": 2, "rollout.slots": 32, "trainer.rows": 8,
     "trainer.learning_rate": 1e-5, "trainer.checkpoint_every": 5, "trainer.eval_every": 0,
-    "launch.restarts": 10**6, "launch.trainer_restarts": 10**6, "launch.stop_grace": 30.0,
+    "launch.restarts": 10**6, "launch.trainer_restarts": 10**6, "launch.stop_grace": 60.0,
     "metrics.view": "lines", "metrics.tensorboard": False,
 }  # fmt: skip
 ENDLESS = 10**6  # steps
 MARK = "AREAL_JAX_SOAK"  # in the environment of all processes of the run, which is how they are found
 ROLE = re.compile(r"areal_jax\.(rollout|rewards\.worker|rewards|controller|trainer|launch\.guardian|launch)\b")
-GONE_SECONDS = 90.0  # for what is left to end, when the launcher was killed
+STEP_SECONDS = 600.0  # for one step, when nobody is killed
+GONE_SECONDS = 150.0  # for what is left to end, when the launcher was killed
 
 
 class Run:
@@ -140,6 +141,15 @@ class Soak:
         self.problems: list[str] = []
         self.steps: list[float] = []  # when each line of the trainer's record was seen
 
+    def one_step(self) -> None:
+        """Wait for the next training step, killing nobody."""
+        deadline, before = time.monotonic() + STEP_SECONDS, len(self.steps)
+        while len(self.steps) == before and not self.problems:
+            self.measure()
+            if self.run.launcher.poll() is not None or time.monotonic() > deadline:
+                self.problems.append(f"no step within {STEP_SECONDS:.0f} s: {self.run.log()}")
+            time.sleep(0.5)
+
     def spend(self, seconds: float) -> None:
         """Kill and measure for so long; ends early if the run ends, which it should not."""
         end = time.monotonic() + seconds
@@ -176,7 +186,7 @@ class Soak:
         names = sorted(name for name in roles if name.split("-")[0] == kind)
         if kind in ("launcher", "everything"):
             names = [kind]
-        if not names or (kind == "trainer" and not self._has_checkpoint()):
+        if not names:
             return
         name, at = self.random.choice(names), round(time.time() - self.began, 2)
         last = max((event["at"] for event in self.events if event["name"] == name), default=0.0)
@@ -190,11 +200,6 @@ class Soak:
         else:
             with contextlib.suppress(psutil.Error):
                 roles[name][0].kill()
-
-    def _has_checkpoint(self) -> bool:
-        from areal_jax.launch.roles import has_checkpoint
-
-        return has_checkpoint(self.run.workdir)
 
     def _start_again(self, victims: list[int], kind: str) -> None:
         started = time.monotonic()
@@ -214,7 +219,7 @@ class Soak:
             self.problems.append(f"after SIGINT the launcher's exit code is {code}, not 130")
         self.problems += self.run.left(1.0) + self.run.shared_memory()
         trained = max(read_trained(self.run.workdir)) + 1
-        if (saved := accounts.newest_state(self.run.workdir).version) < trained - 1:  # it may be hit while it restarts
+        if (saved := accounts.newest_state(self.run.workdir).version) != trained:
             self.problems.append(f"SIGINT came after step {trained}; the newest checkpoint is of version {saved}")
         steps = saved + extra
         self.run.start(steps)
@@ -336,7 +341,9 @@ def main() -> int:
     soak = Soak(run, options.seed, every)
     run.start()
     try:
+        soak.one_step()
         soak.spend(60 * options.minutes)
+        soak.one_step()  # everybody is there
         if soak.problems:
             print(f"soak: {soak.problems}", file=sys.stderr)
             return 1

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from areal_jax.launch import child
 from areal_jax.transport import messages as m
 from tests.trainer import fake
 
@@ -19,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 def start(workdir, process):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", "areal_jax.trainer", "--workdir", str(workdir), "--process", str(process)]
+    command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when the tests do
+    command += [sys.executable, "-m", "areal_jax.trainer", "--workdir", str(workdir), "--process", str(process)]
     log = open(workdir / f"trainer-{process}.log", "w")  # noqa: SIM115
     return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=workdir)
 
