@@ -100,7 +100,7 @@ def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_the_last_whole_on
         controller.on_batch = limit
         trainer = start(workdir, 0)
         try:
-            assert trainer.wait(120) == 1, log.read_text()[-3000:]  # the last one had to be written
+            assert trainer.wait(240) == 1, log.read_text()[-3000:]  # the last one had to be written
             text = log.read_text()
             assert "the checkpoint of version 3 could not be written" in text and "going on, the newest" in text
             last = text.strip().splitlines()[-1]
@@ -111,7 +111,7 @@ def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_the_last_whole_on
             controller.log.clear()
             full.clear()
             trainer = start(workdir, 0)
-            assert trainer.wait(120) == 0, log.read_text()[-3000:]
+            assert trainer.wait(240) == 0, log.read_text()[-3000:]
         finally:
             trainer.kill()
     assert controller.state.version == whole and controller.state.data == b"state of %d" % whole
