@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from areal_jax.launch import child
+from areal_jax.metrics.writers import read_metrics
 from areal_jax.transport import messages as m
 from tests.trainer import fake
 
@@ -106,6 +107,8 @@ def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_the_last_whole_on
             last = text.strip().splitlines()[-1]
             assert last.startswith("areal_jax.trainer: CheckpointError: the checkpoint of version 6 could not be")
             assert not list((workdir / "checkpoints").glob("*tmp*"))
+            failed = [row["checkpoint/failed"] for row in read_metrics(workdir)[1:]]
+            assert failed == sorted(failed) and failed[0] == 0 and failed[-1] >= 1
             whole = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
             assert whole in (4, 5)  # that of 5 was begun before there was no room
             controller.log.clear()
