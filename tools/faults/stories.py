@@ -183,9 +183,11 @@ def nothing(run: Run) -> None:
 def port_is_gone(run: Run) -> None:
     """The controller dies, and before it is back somebody else listens on its port: it must take another."""
     run.random_moment()
+    run.until(lambda: read_endpoint(run.workdir, "controller"))
     old = read_endpoint(run.workdir, "controller")
     if not run.strike("controller", KILL):
         return
+    run.struck = False
     host, port = split_address(old)
 
     def grab() -> bool:
