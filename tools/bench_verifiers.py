@@ -2,13 +2,15 @@
 
 Each mode is measured `--repeats` times after a warm-up, through the pool that a run uses, beside a baseline of the same
 run: math-verify called directly in one process, and plain `python` without any sandbox. With `--gsm8k` the answers are
-those of the files, each also perturbed, and it is counted how many right and how many wrong ones were accepted.
+those of the files, each also perturbed, and it is counted how many right and how many wrong ones were accepted. With
+`--human-eval` the wrong programs are those of `mutants.py` that plain execution finds wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import platform
@@ -20,7 +22,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+from mutants import mutants, plainly
+
 from areal_jax.rewards import Score, VerifierPool, sandbox
+from areal_jax.rewards.code import extract_program
 
 MATH, CODE = "areal_jax.rewards:verify_math", "areal_jax.rewards:grade_code"
 LATEX = [
@@ -62,15 +67,19 @@ def gsm8k(paths: list[str]) -> list[dict]:
     return records
 
 
-def human_eval(path: str, isolation: str) -> list[dict]:
-    """Every problem with its canonical solution, and with one that returns at once."""
-    records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        problem = json.loads(line)
+def human_eval(path: str) -> tuple[list[dict], list[dict]]:
+    """Every canonical solution; every mutant of one that is wrong (those that pass in a plain process are left out)."""
+    problems = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    pairs = [(problem, program) for problem in problems for program in mutants(problem).values()]
+    wrong = [pair for pair, passes in zip(pairs, plainly(pairs), strict=True) if not passes]
+    print(f"human_eval: of {len(pairs)} mutants {len(pairs) - len(wrong)} pass their tests and are left out")
+
+    def record(problem: dict, program: str, right: bool) -> dict:
         common = {"tests": problem["test"], "entry_point": problem["entry_point"], "starter": problem["prompt"]}
-        for body, right in ((problem["canonical_solution"], True), ("    return None\n", False)):
-            records.append(common | {"completion": body, "right": right, "isolation": isolation})
-    return records
+        return common | {"completion": f"```python\n{program}\n```", "right": right}
+
+    solutions = [record(problem, problem["prompt"] + problem["canonical_solution"], True) for problem in problems]
+    return solutions, [record(problem, program, False) for problem, program in wrong]
 
 
 async def through_pool(pool: VerifierPool, path: str, records: list[dict]) -> dict:
@@ -102,7 +111,7 @@ def unprotected(records: list[dict]) -> dict:
     """Each program and its tests in one plain interpreter: fast, and neither safe nor sound."""
     start, right, wrong = time.perf_counter(), 0, 0
     for r in records:
-        program = f"{r['starter']}{r['completion']}\n{r['tests']}\ncheck({r['entry_point']})\n"
+        program = f"{extract_program(r['completion'])}\n{r['tests']}\ncheck({r['entry_point']})\n"
         passed = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, check=False).returncode == 0
         right, wrong = right + (passed and r["right"]), wrong + (passed and not r["right"])
     return {"seconds": time.perf_counter() - start, "right_accepted": right, "wrong_accepted": wrong, "failures": 0}
@@ -139,14 +148,16 @@ async def main(args: argparse.Namespace) -> None:
         rows.append(await measure("latex_pool", symbolic, lambda r: through_pool(pool, MATH, r), args.repeats))
         rows.append(await measure("latex_math_verify_alone", symbolic, directly, args.repeats))
         if args.human_eval:
+            solutions, wrong = human_eval(args.human_eval)
             for isolation in ("bwrap", "landlock"):
                 if problem := sandbox.works(isolation):
                     print(f"human_eval_{isolation}: not measured: {problem}")
                     continue
-                programs = human_eval(args.human_eval, isolation)
-                run = lambda r: through_pool(pool, CODE, r)  # noqa: E731
-                rows.append(await measure(f"human_eval_{isolation}", programs, run, args.repeats))
-            rows.append(await measure("human_eval_unprotected", human_eval(args.human_eval, ""), unprotected, 1))
+                for label, programs in ((isolation, solutions), (f"{isolation}_mutants", wrong)):
+                    sent = [program | {"isolation": isolation} for program in programs]
+                    run = functools.partial(through_pool, pool, CODE)
+                    rows.append(await measure(f"human_eval_{label}", sent, run, args.repeats))
+            rows.append(await measure("human_eval_unprotected", solutions, unprotected, args.repeats))
     if args.json:
         machine = {"machine": platform.node(), "cores": os.cpu_count(), "processes": pool.processes}
         with open(args.json, "w", encoding="utf-8") as file:

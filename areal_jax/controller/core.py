@@ -16,6 +16,13 @@ from areal_jax.transport import messages as m
 
 __all__ = ["Core", "Send", "Silent", "Stop"]
 
+_SERVICES = ("verifier_unreachable", "verifier_silent")  # what no verifier did: another try may help
+
+
+def is_verifiers(error: str) -> bool:
+    """Whether the error of a sample is one of a verifier (or of its sandbox) itself."""
+    return error == "sandbox_unavailable" or (error.startswith("verifier_") and error not in _SERVICES)
+
 
 class Core(Scheduler):
     """The controller without its network: one method for each thing that can happen."""
@@ -98,11 +105,11 @@ class Core(Scheduler):
         if worker := self.fleet.workers.get(beat.name):
             worker.heard, worker.phase = now, beat.phase
 
-    def goodbye(self, name: str, now: float) -> None:
-        """A role ends in good order: what it ran goes to others."""
+    def goodbye(self, name: str, now: float, *, died: bool = False, reason: str = "") -> None:
+        """A role ends, in good order or not: what it ran goes to others."""
         self.telemetry.gone(name)
         if name in self.fleet.workers:
-            self._lose(name, now, died=False, why="said goodbye")
+            self._lose(name, now, died=died, why=f"said goodbye ({reason})")
             self._schedule(now)
 
     def sample_done(self, done: m.SampleDone, now: float) -> None:
@@ -129,6 +136,10 @@ class Core(Scheduler):
 
     def sample_failed(self, failure: m.SampleFailed, now: float) -> None:
         worker = self.fleet.workers.get(failure.name)
+        if self.stop_on_failure and is_verifiers(failure.error):
+            self.failed[failure.error] += 1
+            self.stop(f"rewards.on_error is 'stop', and a verification failed: {failure.error}: {failure.detail}")
+            return
         if failure.group < 0:
             self.counters["late_results"] += not self.evaluations.failed(failure, worker)
         elif group := self._running(failure):

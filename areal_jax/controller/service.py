@@ -16,6 +16,7 @@ from areal_jax.transport.sockets import HELLO_FIRST, Peer, Server
 LONG_POLL = 1.0  # seconds a request may wait for its answer before `NotReady`
 JOURNAL_EVERY = 1.0  # seconds of work that a killed controller may cost
 LAST_WORDS = 5.0  # seconds after the end in which others still get answers
+FAREWELL = 60.0  # seconds after being told to end in which a trainer may still fetch the state for its last checkpoint
 
 
 class Service:
@@ -42,6 +43,7 @@ class Service:
         self._replaced: deque[Peer] = deque(maxlen=256)  # rollout workers whose name another process has taken
         self._waiting: list[tuple[Peer, m.Message, float]] = []
         self._end_at: float | None = None
+        self._stay_until = 0.0  # if there is a trainer
         self._ended = asyncio.Event()
 
     async def run(self) -> str | None:
@@ -61,10 +63,14 @@ class Service:
         return self.core.stopped
 
     def end(self, reason: str) -> None:
-        """Tell everybody to end, then return from `run` soon."""
+        """Tell everybody to end, then return from `run` soon, but after the trainer.
+
+        Whoever ends a whole run tells all its processes at once, and the trainer may be in the middle of a step.
+        """
         if self._end_at is None:
             self.core.shutdown(reason)
-            self._end_at = self._clock() + 0.5
+            now = self._clock()
+            self._end_at, self._stay_until = now + 0.5, now + FAREWELL
 
     async def _receive(self) -> None:
         async for peer, message in self.server:
@@ -84,6 +90,8 @@ class Service:
             last = now
             self.core.tick(now)
             await self._act()
+            if now < self._stay_until and self.core.alive("trainer"):
+                continue
             if self._end_at is not None and (now >= self._end_at or not self.core.alive("rollout")):
                 self._ended.set()
 
@@ -163,7 +171,7 @@ class Service:
             case m.WeightsLoaded():
                 core.weights_loaded(message, now)
             case m.Goodbye():
-                core.goodbye(message.name, now)
+                core.goodbye(message.name, now, died=message.died, reason=message.reason)
                 self._names.pop(self._peers.pop(message.name), None)
 
     def _ask(self, message: m.GetBatch | m.Evaluate, now: float) -> m.Message:

@@ -23,16 +23,18 @@ from areal_jax.data.readers import DataError, Dataset, load_dataset
 def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     try:
-        data = load_dataset(args.data, DataConfig(format=args.format, bad_record="skip"))
+        settings = DataConfig(format=args.format, bad_record="skip", fields=json.loads(args.fields))
+        data = load_dataset(args.data, settings)
         if args.limit:
             data = Dataset(data.name, [data[i] for i in range(min(args.limit, len(data)))], data.skipped)
-        report = describe(data, _tokenizer(args.model))
+        tokenizer = _tokenizer(args.model)
+        report = describe(data, tokenizer)
     except (DataError, ValueError, OSError) as error:
         print(f"check: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if args.verify:
         options = json.loads(args.verifier_args)
-        report |= asyncio.run(verify_gold(data, args.verifier, options, args.processes))
+        report |= asyncio.run(verify_gold(data, args.verifier, options, args.processes, tokenizer))
     show(report)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
@@ -44,8 +46,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m areal_jax.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", help="file, folder, or 'arithmetic:...'")
+    parser.add_argument("data", help="file, folder, a folder's split (DIR:train), or 'arithmetic:...'")
     parser.add_argument("--format", default="auto")
+    parser.add_argument("--fields", default="{}", help="our names of the data's fields, as JSON (data.fields)")
     parser.add_argument("--model", default="", help="checkpoint folder, for lengths in tokens")
     parser.add_argument("--limit", type=int, default=0, help="only so many records")
     parser.add_argument("--verify", action="store_true", help="run the verifier on the gold answers")
@@ -93,8 +96,13 @@ def quantiles(values: Sequence[int]) -> dict[str, int]:
     return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()}
 
 
-async def verify_gold(data: Dataset, verifier: str, options: dict[str, Any], processes: int) -> dict[str, Any]:
-    """How many records' own answers (or published programs) get the full score."""
+async def verify_gold(
+    data: Dataset, verifier: str, options: dict[str, Any], processes: int, tokenizer: Any = None
+) -> dict[str, Any]:
+    """How many records' own answers (or published programs) get the full score.
+
+    The verifier is given what it gets in a run: the record's fields, the texts and, with a tokenizer, their tokens.
+    """
     from areal_jax.rewards.outcome import Score
     from areal_jax.rewards.pool import VerifierPool
 
@@ -104,8 +112,11 @@ async def verify_gold(data: Dataset, verifier: str, options: dict[str, Any], pro
         async def one(index: int, gold: str) -> Any:
             record = data[index]
             path = verifier or f"areal_jax.rewards:{'verify_code' if 'tests' in record else 'verify_math'}"
-            fields = dict(record) | {"completion": gold} | options
-            return await pool.submit(path, fields)
+            fields = dict(record) | {"prompt": _text(record), "completion": gold}
+            if tokenizer is not None:
+                prompt = render_prompt(record, tokenizer, DataConfig())
+                fields |= {"prompt_tokens": prompt, "completion_tokens": tokenizer.encode(gold)}
+            return await pool.submit(path, fields | options)
 
         outcomes = await asyncio.gather(*(one(index, gold) for index, gold in todo))
     accepted = [isinstance(outcome, Score) and outcome.reward == 1.0 for outcome in outcomes]
@@ -145,7 +156,7 @@ def _text(record: Record) -> str:
 
 
 def _why(outcome: Any) -> str:
-    return f"scored {outcome.reward}" if hasattr(outcome, "reward") else f"{outcome.kind}: {outcome.text:.100}"
+    return f"scored {outcome.reward}" if hasattr(outcome, "reward") else f"{outcome.kind}: {outcome.text:.200}"
 
 
 if __name__ == "__main__":

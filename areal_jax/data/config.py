@@ -5,10 +5,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str = ""  # path of a JSONL/JSON/Parquet file, or "arithmetic:count=4096,seed=0,..." (generated problems)
+    train: str = ""  # a file (JSONL, JSON, Parquet), a folder's split ("DIR:train"), or "arithmetic:count=4096,seed=0"
     eval: str = ""  # the same; empty: no evaluation
     eval_limit: int = 256  # problems of the evaluation set used in a run; 0: all
     format: str = "auto"  # "auto", "gsm8k", "prompt_answer", "math", "code", ...
+    fields: dict = dataclasses.field(default_factory=dict)  # our name: its place in a record ({"answer": "a.truth"})
     template: str = "auto"  # "chat", "none", or "auto": the checkpoint's chat template where it has one
     system_prompt: str = ""
     prompt_suffix: str = ""

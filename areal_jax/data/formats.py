@@ -27,7 +27,9 @@ def gsm8k(source: Record) -> Record:
 
 
 def prompt_answer(source: Record) -> Record:
-    """Plain records: `prompt` (text) or `messages` (chat turns), and usually `answer`; other fields are kept."""
+    """Plain records: `prompt` (text, or chat turns) or `messages`, and usually `answer`; other fields are kept."""
+    if isinstance(source.get("prompt"), list):
+        source = {key: value for key, value in source.items() if key != "prompt"} | {"messages": source["prompt"]}
     if "messages" in source:
         turns = source["messages"]
         if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
@@ -89,7 +91,7 @@ def text(source: Record, key: str) -> str:
 
 def last_boxed(solution: str) -> str | None:
     """What the last \\boxed{...} or \\fbox{...} of a LaTeX text holds (braces balanced), or None."""
-    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{|\\boxed\s+(\S+?)(?=\$|\s|$)", solution))):
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{|\\boxed\s+(\S+?)(?=\$|\s|$)", solution))):
         if match.group(1):
             return match.group(1)
         depth = 1

@@ -1,18 +1,25 @@
-"""Reads prompt data: JSONL, JSON and Parquet files, generated arithmetic, and saved Hugging Face data sets.
+"""Reads prompt data: JSONL, JSON and Parquet files, folders as on the Hugging Face hub, and generated arithmetic.
 
 What is wrong with a file is said with its name and line before anything starts, or skipped and counted when asked.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from areal_jax.data import arithmetic
 from areal_jax.data.config import DataConfig
 from areal_jax.data.formats import BadRecord, Record, detect, formats
+
+KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow")
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # not records
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
+_SAME_SPLIT = dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
 class DataError(ValueError):
@@ -26,16 +33,19 @@ class Dataset(Sequence):
         self.name = name
         self.skipped = list(skipped)
         self._records = records
+        self._last: tuple[int, Record] | None = None  # a group's samples ask for the same one in a row; it may be made
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        return self._records[index]
+        if self._last is None or self._last[0] != index:
+            self._last = index, self._records[index]
+        return self._last[1]
 
 
 def load_dataset(spec: str, config: DataConfig | None = None) -> Dataset:
-    """The data set that `spec` names: a file (.jsonl, .json, .parquet), a folder of one, or "arithmetic:..." problems.
+    """The data set that `spec` names: a file, a folder of files, one split of it ("FOLDER:train"), or "arithmetic:...".
 
     Every record has "prompt" or "messages", usually "answer", and its other fields; see `areal_jax.data.formats`.
     Raises `DataError` for a missing or empty data set, and for a bad record unless `config.bad_record` is "skip".
@@ -51,16 +61,16 @@ def load_dataset(spec: str, config: DataConfig | None = None) -> Dataset:
     known = formats()
     if config.format != "auto" and config.format not in known:
         raise DataError(f"data.format '{config.format}' is unknown; it is one of auto, {', '.join(sorted(known))}")
-    if not os.path.exists(spec):
-        raise DataError(f"the data set '{spec}' does not exist")
-
-    records, skipped, convert = [], [], known.get(config.format)
-    for place, source in _read(spec):
+    path, split = _path_and_split(spec)
+    records, skipped = [], []
+    convert = known.get("prompt_answer" if config.fields and config.format == "auto" else config.format)
+    for place, source in _read(path, split):
         try:
             if isinstance(source, str):
                 raise BadRecord(source)
             if not isinstance(source, dict):
                 raise BadRecord(f"it is a {type(source).__name__}, not an object with fields")
+            source = source | {name: _dig(source, where) for name, where in config.fields.items()}
             convert = convert or known[detect(source)]
             records.append(convert(source))
         except BadRecord as error:
@@ -73,22 +83,73 @@ def load_dataset(spec: str, config: DataConfig | None = None) -> Dataset:
     return Dataset(spec, records, skipped)
 
 
-def _read(path: str) -> Iterator[tuple[str, Any]]:
+def _path_and_split(spec: str) -> tuple[str, str]:
+    """("data/gsm8k", "train") of "data/gsm8k:train"; the split is empty where none is named."""
+    if os.path.exists(spec):
+        return spec, ""
+    path, colon, split = spec.rpartition(":")
+    if colon and os.path.isdir(path):
+        return path, _SAME_SPLIT.get(split, split)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        hint = f" (if it is one of the Hugging Face hub: hf download --repo-type dataset {spec} --local-dir FOLDER)"
+        raise DataError(f"the data set '{spec}' does not exist{hint}")
+    raise DataError(f"the data set '{spec}' does not exist")
+
+
+def _dig(source: Mapping[str, Any], where: str) -> Any:
+    """The value at `where`, keys and indices joined by dots: "reward_model.ground_truth", "answers.0"."""
+    value: Any = source
+    try:
+        for key in where.split("."):
+            value = value[int(key)] if isinstance(value, list) else value[key]
+    except (LookupError, TypeError, ValueError):
+        raise BadRecord(f"it has no '{where}' (its fields: {sorted(source)})") from None
+    return value
+
+
+def _read(path: str, split: str = "") -> Iterator[tuple[str, Any]]:
     """(place, record) for each record of a file or folder; a str instead of a record says why it cannot be read."""
     if os.path.isdir(path):
-        yield from _read_folder(path)
-    elif path.endswith(".jsonl"):
+        for file in _files(path, split):
+            yield from _read(file)
+    elif path.endswith((".jsonl", ".jsonl.gz")):
         yield from _read_lines(path)
-    elif path.endswith(".json"):
+    elif path.endswith((".json", ".json.gz")):
         yield from _read_json(path)
     elif path.endswith(".parquet"):
         yield from _read_parquet(path)
+    elif path.endswith(".arrow"):
+        yield from _read_arrow(path)
     else:
-        raise DataError(f"the data set '{path}' is of an unknown kind: expected .jsonl, .json or .parquet")
+        raise DataError(f"the data set '{path}' is of an unknown kind: expected one of {', '.join(KINDS)}")
+
+
+def _files(folder: str, split: str) -> list[str]:
+    """The data files in `folder` that belong to `split`, by their names; they may be of one split only if it is ""."""
+    found: dict[str, list[str]] = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(KINDS) and name not in _ABOUT:
+                path = os.path.join(root, name)
+                words = _SPLIT.findall(os.path.relpath(path, folder).lower())
+                word = words[-1] if words else "train"  # as the hub has it
+                found.setdefault(_SAME_SPLIT.get(word, word), []).append(path)
+    if not found:
+        raise DataError(f"the folder '{folder}' holds no file of the kinds {', '.join(KINDS)}")
+    if split and split not in found:
+        raise DataError(f"the folder '{folder}' has no split '{split}'; it has {', '.join(sorted(found))}")
+    if not split and len(found) > 1:
+        several = ", ".join(sorted(found))
+        raise DataError(f"the folder '{folder}' holds several splits ({several}): name one, as in '{folder}:train'")
+    return sorted(found[split or next(iter(found))])
+
+
+def _open(path: str) -> Any:
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
 
 
 def _read_lines(path: str) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield f"{path}:{number}", _parse(line)
@@ -97,13 +158,15 @@ def _read_lines(path: str) -> Iterator[tuple[str, Any]]:
 def _parse(line: bytes) -> Any:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair is valid JSON, and no text that can be sent
+            json.dumps(value, ensure_ascii=False).encode()
+    except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
         return f"not valid JSON ({error})"
     return value if not isinstance(value, str) else "it is a text, not an object with fields"
 
 
 def _read_json(path: str) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         content = file.read()
     value = _parse(content)
     if isinstance(value, str):
@@ -134,17 +197,6 @@ def _read_parquet(path: str) -> Iterator[tuple[str, Any]]:
         for record in batch.to_pylist():
             yield f"{path} record {number}", record
             number += 1
-
-
-def _read_folder(path: str) -> Iterator[tuple[str, Any]]:
-    kinds = (".jsonl", ".json", ".parquet", ".arrow")
-    files = [os.path.join(root, f) for root, _, names in os.walk(path) for f in names if f.endswith(kinds)]
-    about = ("dataset_info.json", "state.json", "dataset_dict.json")
-    files = sorted(f for f in files if os.path.basename(f) not in about)
-    if not files:
-        raise DataError(f"the folder '{path}' holds no .jsonl, .json, .parquet or .arrow file")
-    for file in files:
-        yield from _read_arrow(file) if file.endswith(".arrow") else _read(file)
 
 
 def _read_arrow(path: str) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ What is made of them:
   --ks=1,8,64            which pass@k (default: 1, and powers of two up to --samples)
   --out=DIR              folder of problems.jsonl and summary.json (default with --run: DIR/eval)
 
-Prints avg@n and pass@k with 95 % confidence intervals: Wilson's score interval with one answer per problem, else a
+Prints avg@n and pass@k with 95 % confidence intervals: Wilson's with one answer per problem (or all judged alike), else a
 bootstrap over problems. Exit codes: 0 done; 1 something broke, or no sample has a score; 2 something is wrong with the
 settings; 130 stopped.
 """

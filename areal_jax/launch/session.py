@@ -21,15 +21,18 @@ from areal_jax.launch.supervisor import Outcome, Supervisor, diagnosis, log_tail
 from areal_jax.launch.view import make_view
 from areal_jax.transport.endpoints import forget_endpoints, make_keys
 
-# What may differ between the first start of a run and the next: how it is shown and supervised, where it listens, and
-# how long it goes on. Everything else would make it another run.
+# What may differ between the first start of a run and the next: how it is shown and supervised, where it listens, how
+# long it goes on, and on which and how many devices. Everything else would make it another run.
 _MAY_CHANGE = ("metrics", "launch", "name")
 _KEYS_MAY_CHANGE = {
-    "trainer": {"steps", "checkpoint_every", "keep_checkpoints", "batch_timeout", "eval_every", "processes"},
+    "trainer": {
+        "steps", "checkpoint_every", "keep_checkpoints", "batch_timeout", "eval_every", "processes",
+        "data_parallel", "fsdp", "tensor", "expert", "rows", "remat",
+    },
     "rollout": {"workers", "python", "weights_timeout", "slots", "steps_per_dispatch"},
     "rewards": {"services", "processes", "address", "timeout"},
     "controller": {"address", "heartbeat_limit", "heartbeat_seconds", "progress_limit", "max_attempts"},
-}
+}  # fmt: skip
 
 
 def prepare(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:

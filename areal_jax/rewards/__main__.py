@@ -33,7 +33,6 @@ async def serve(workdir: str, index: int) -> int:
         server=Server(config.address, name, workdir),
         connect=lambda hello: Client(name, workdir, hello=hello, timeout=limit),
         clock=clock,
-        on_error=config.on_error,
         max_pending=config.max_pending,
         controller_limit=limit,
     )

@@ -54,7 +54,8 @@ def grade_code(
 
     Returns `reward`, `accuracy` (1.0 if all passed), `passed`, `tests`, and `reason`, the name of the first failure:
     wrong answers and hostile programs score 0 by name. Raises `VerifierError` if the tests cannot be read or there is
-    no sandbox, `VerifierTimeout` if there are more tests than there is time for.
+    no sandbox, `VerifierTimeout` if there are more tests than there is time for (tests that are left over because the
+    program itself used up its limits are failed).
     """
     if reward not in ("all", "fraction"):
         raise VerifierError(f"grade_code: reward must be 'all' or 'fraction', found {reward!r}")
@@ -129,9 +130,11 @@ def _compiles(program: str) -> bool:
 def _grade_pairs(
     program: str, given: InputOutput, limits: Limits, kind: str, deadline: float, *, stop_early: bool
 ) -> Grade:
-    passed, reason = 0, ""
+    passed, reason, too_slow = 0, "", False
     for stdin, expected in given.cases:
         if time.monotonic() > deadline:
+            if too_slow:  # its own doing: what it has not passed by now it does not pass
+                break
             raise VerifierTimeout(
                 f"the tests together took more than their time; {passed} of {len(given.cases)} passed"
             )
@@ -140,6 +143,7 @@ def _grade_pairs(
             passed += 1
             continue
         reason = reason or result.reason or "wrong_answer"
+        too_slow |= result.reason in ("cpu_limit", "timeout")
         if stop_early:
             break
     return Grade(passed, len(given.cases), reason)
@@ -158,9 +162,11 @@ def _grade_calls(program: str, given: Calls, limits: Limits, kind: str) -> Grade
     for _, acceptable in given.cases:
         try:
             frame = next(frames)
+            if not isinstance(frame, dict):
+                raise exchange.PeerGone("the program sent what is not a result")
             found = exchange.decode(frame["ok"], lambda *_: exchange.PeerGone) if "ok" in frame else exchange.PeerGone
-        except (StopIteration, exchange.PeerGone, TypeError):
-            reason = reason or result.reason or "the program ended"
+        except (StopIteration, exchange.PeerGone) as error:
+            reason = reason or result.reason or str(error) or "the program ended"
             break
         if found is not exchange.PeerGone and any(same_value(found, expected) for expected in acceptable):
             passed += 1

@@ -13,6 +13,7 @@ from typing import Any
 
 _FRAME = struct.Struct("<I")
 MAX_FRAME = 16 << 20
+_MAX_DIGITS = 10_000  # of fractions and decimals, whose arithmetic is slower than linear
 
 
 class PeerGone(Exception):
@@ -85,8 +86,10 @@ def encode(value: Any, other: Callable[[Any], Any]) -> Any:
     if kind in (bytes, bytearray):
         return ["b", value.hex()]
     module = str(getattr(kind, "__module__", "")).partition(".")[0]
-    if (module, kind.__name__) in (("fractions", "Fraction"), ("decimal", "Decimal")):
-        return [kind.__name__, str(value)]
+    if (module, kind.__name__) == ("fractions", "Fraction"):
+        return ["f", hex(value.numerator), hex(value.denominator)]
+    if (module, kind.__name__) == ("decimal", "Decimal"):
+        return ["m", str(value)]
     if module == "numpy" and hasattr(value, "tolist"):
         return encode(value.tolist(), other)
     return other(value)
@@ -111,11 +114,13 @@ def decode(data: Any, other: Callable[[list, str], Any]) -> Any:
             return complex(data[1], data[2])
         if tag == "b":
             return bytes.fromhex(data[1])
-        if tag == "Fraction":
+        if tag in ("f", "m") and max(map(len, data)) > _MAX_DIGITS:
+            raise ValueError
+        if tag == "f":
             from fractions import Fraction
 
-            return Fraction(data[1])
-        if tag == "Decimal":
+            return Fraction(int(data[1], 16), int(data[2], 16))  # never from a text: "1e999999999" takes for ever
+        if tag == "m":
             from decimal import Decimal
 
             return Decimal(data[1])

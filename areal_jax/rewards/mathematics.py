@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, Literal
 
+from areal_jax.rewards.notation import readable, same_text, unlabelled
 from areal_jax.rewards.outcome import Failure, Outcome, VerifierError, VerifierTimeout
 from areal_jax.rewards.process import WorkerProcess
 from areal_jax.rewards.worker import INSIDE_WORKER
@@ -26,8 +27,9 @@ MODES: tuple[Mode, ...] = ("auto", "last_number", "boxed")
 
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|[-+]?\.\d+"
 _NUMBER_IN_TEXT = re.compile(rf"(?<![\w.])(?:{_NUMBER})|(?<=[A-Za-z$€£=(])(?:{_NUMBER})")
-_PLAIN_NUMBER = re.compile(rf"\s*\$?\s*(-?)\s*\\?\$?\s*({_NUMBER})\s*\.?\s*\$?\s*")
-_BRACES = re.compile(r"\\f?boxed\s*\{|\\[{}\\]|[{}]")
+_PLAIN_NUMBER = re.compile(rf"\s*\$?\s*(-?)\s*\\?\$?\s*({_NUMBER})(?:[eE]([-+]?\d{{1,3}}))?\s*\.?\s*\$?\s*")
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}\\]|[{}]")
+_BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\]+)")
 _BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[\[\]()]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)*")
 _CHOICE = re.compile(r"\(?([A-J])\)?\.?")
 
@@ -69,7 +71,7 @@ def verify_math(
     if candidate is None and mode == "boxed":
         return 0.0
     if candidate is None and "####" in text:
-        candidate = text.rpartition("####")[2].strip().partition("\n")[0]
+        candidate = text.rpartition("####")[2].strip().partition("\n")[0].strip("* ")
     if candidate is not None:
         if not candidate.strip():
             return 0.0
@@ -98,7 +100,7 @@ def plain_number(text: str) -> Fraction | None:
     match = _PLAIN_NUMBER.fullmatch(text)
     if match is None or len(text) > 400:
         return None
-    value = Fraction(match[2].replace(",", ""))
+    value = Fraction(match[2].replace(",", "")) * Fraction(10) ** int(match[3] or 0)
     return -value if match[1] else value
 
 
@@ -121,9 +123,25 @@ def last_number(text: str) -> Fraction | None:
 def boxed(text: str) -> str | None:
     """What is inside the last outermost `\\boxed{...}` (balanced braces), in time linear in the text.
 
-    Boxes joined by "and", "or" or commas count as one list; a box that is never closed does not count.
+    Boxes joined by "and", "or" or commas count as one list; a box that is never closed does not count. `\\fbox{...}`
+    and `\\boxed 5` count where there is no other box.
     """
-    boxes: list[tuple[int, int, int]] = []  # start of the command, of the content, end of the content
+    boxes = _boxes(text)
+    boxes = [box for box in boxes if text.startswith("\\boxed", box[0])] or boxes
+    if not boxes:
+        bare = None
+        for bare in _BARE_BOX.finditer(text):  # noqa: B007  (the last one is what we want)
+            pass
+        return bare[1] if bare else None
+    joined = [boxes.pop()]
+    while boxes and joined[0][0] - boxes[-1][2] < 40 and _BETWEEN_BOXES.fullmatch(text, boxes[-1][2] + 1, joined[0][0]):
+        joined.insert(0, boxes.pop())
+    return ", ".join(dict.fromkeys(text[content:end] for _, content, end in joined))
+
+
+def _boxes(text: str) -> list[tuple[int, int, int]]:
+    """The outermost closed boxes: start of the command, start of the content, end of the content."""
+    boxes: list[tuple[int, int, int]] = []
     open_braces: list[tuple[int, int] | None] = []
     for token in _BRACES.finditer(text):
         if token[0].endswith("{") and token[0] != "\\{":
@@ -132,12 +150,7 @@ def boxed(text: str) -> str | None:
             while boxes and boxes[-1][0] > start[0]:  # those lie inside this one
                 boxes.pop()
             boxes.append((*start, token.start()))
-    if not boxes:
-        return None
-    joined = [boxes.pop()]
-    while boxes and joined[0][0] - boxes[-1][2] < 40 and _BETWEEN_BOXES.fullmatch(text, boxes[-1][2] + 1, joined[0][0]):
-        joined.insert(0, boxes.pop())
-    return ", ".join(dict.fromkeys(text[content:end] for _, content, end in joined))
+    return boxes
 
 
 def _gold_text(answer: str) -> str:
@@ -207,6 +220,7 @@ def _library() -> Any:
 def _parsed_gold(gold: str) -> list[Any]:
     if _CHOICE.fullmatch(gold):
         return [gold]
+    gold = readable(gold)
     return _parse(f"\\boxed{{{gold}}}", exact=True) or _parse(gold, exact=False)
 
 
@@ -228,18 +242,28 @@ def equal(candidate: str, gold: str, *, exact: bool, precision: int) -> bool:
     choice = _CHOICE.fullmatch(gold)
     if choice:
         return _choice(candidate, exact=exact) == choice[1]
-    found = _parse(f"\\boxed{{{candidate}}}", exact=True) if exact else _parse(candidate, exact=False)
-    if not found:
+    if exact and same_text(candidate, gold):
+        return True
+    shown = f"\\boxed{{{readable(unlabelled(candidate))}}}" if exact else readable(candidate)
+    found = _parse(shown, exact=exact)
+    if not found or _rounded_away(expected[0], found[0], precision):
         return False
     verify = functools.partial(_library().verify, float_rounding=precision, allow_set_relation_comp=True)
     return bool(verify(expected, found, timeout_seconds=None))
+
+
+def _rounded_away(a: Any, b: Any, precision: int) -> bool:
+    """Whether two numbers differ in their leading digits, though perhaps not in their first `precision` decimals."""
+    if not all(getattr(x, "is_Float", False) or getattr(x, "is_Rational", False) for x in (a, b)):
+        return False
+    return bool(abs(a - b) > max(abs(a), abs(b)) / 10 ** (precision - 1))
 
 
 def _choice(text: str, *, exact: bool) -> str | None:
     """The letter of a multiple-choice answer: the whole candidate, or the last capital letter that stands alone."""
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{\s*([^{}]*)\}", r"\1", text)
     if exact:
-        match = re.fullmatch(r"[\s$]*\(?([A-J])\)?(?:[\s.:$].*)?", text, re.DOTALL)
+        match = re.fullmatch(r"[\s$]*\(?([A-J])\)?(?:(?:[\s.:$]|\\[ ,;q]).*)?", text, re.DOTALL)
         return match[1] if match else None
     found = re.findall(r"(?<![\w'])\(?([A-J])\)?(?![\w'])", text)
     return found[-1] if found else None

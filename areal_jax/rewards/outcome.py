@@ -54,6 +54,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 Outcome = Score | Failure
 
 
+def plain_text(text: str, size: int) -> str:
+    """The beginning of `text` without what no message can carry (half surrogates, which a program may print)."""
+    return text[:size].encode("utf-8", "replace").decode("utf-8")
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, numbers.Real) or (hasattr(value, "item") and getattr(value, "size", 0) == 1):
         number = float(value)
@@ -81,5 +86,9 @@ def as_score(value: Any, *, seconds: float = 0.0) -> Score:
     if not isinstance(reason, str):
         raise BadReturn(f"'reason' must be a string, found {reason!r:.200}")
     return Score(
-        reward=reward, accuracy=named.pop("accuracy", reward), values=named, reason=reason[:500], seconds=seconds
+        reward=reward,
+        accuracy=named.pop("accuracy", reward),
+        values=named,
+        reason=plain_text(reason, 500),
+        seconds=seconds,
     )

@@ -302,7 +302,8 @@ def bubblewrap(readable: list[str], scratch_bytes: int) -> list[str]:
     mounts = [part for path in readable if not path.startswith("/dev/") for part in ("--ro-bind-try", path, path)]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         mounts += ["--dev-bind-try", device, device]
-    command = ["bwrap", "--unshare-user", "--unshare-all", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+    program = shutil.which("bwrap") or "bwrap"  # found here: the child's environment has no PATH
+    command = [program, "--unshare-user", "--unshare-all", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
     command += ["--die-with-parent", "--new-session", *mounts]
     return [*command, "--size", str(scratch_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
 

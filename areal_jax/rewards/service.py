@@ -23,7 +23,6 @@ from areal_jax.transport.messages import Goodbye, Heartbeat, Hello, Score, Shutd
 from areal_jax.transport.sockets import Client, Peer, Server
 
 log = logging.getLogger(__name__)
-STOPPED_BY_FAILURE = 3  # exit code when a verifier failed and `on_error` is "stop"
 MOST_REASONS = 50  # different reasons that are counted by name
 
 
@@ -52,7 +51,6 @@ class RewardService:
       pool: verifier processes; started and closed by `run`.
       server: where questions come from.
       connect: makes the connection to the controller from a function that makes this service's hello.
-      on_error: "drop": a failed verification is answered and counted; "stop": it also ends the service.
       max_pending: questions held at once.
       controller_limit: seconds without a connection to the controller after which the service gives up.
     """
@@ -66,13 +64,11 @@ class RewardService:
         server: Server,
         connect: Callable[[Callable[[], Hello]], Client],
         clock: Clock,
-        on_error: str = "drop",
         max_pending: int = 4096,
         controller_limit: float = 120.0,
     ):
         self.name, self.recipe, self.pool, self.server, self.clock = name, recipe, pool, server, clock
         self.counts: collections.Counter[str] = collections.Counter(verified=0, failed=0, repeated=0, undelivered=0)
-        self._stop_on_failure = on_error == "stop"
         self._room = asyncio.Semaphore(max_pending)
         self._pending: dict[tuple[bytes, int], asyncio.Task] = {}
         self._controller = connect(self.hello)
@@ -138,9 +134,6 @@ class RewardService:
             self._count(outcome)
             if not await self.server.send(peer, reply_to(question, outcome)):
                 self.counts["undelivered"] += 1
-            if isinstance(outcome, Failure) and self._stop_on_failure:
-                log.error("rewards.on_error is 'stop', and a verification failed: %s: %s", outcome.kind, outcome.text)
-                self.stop(STOPPED_BY_FAILURE, f"verification failed ({outcome.kind}): {outcome.text}"[:500])
         finally:
             del self._pending[(peer.identity, question.request)]
             self._room.release()

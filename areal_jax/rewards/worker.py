@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from areal_jax.rewards.loading import accepted, load_verifier
-from areal_jax.rewards.outcome import BadReturn, Failure, Score, VerifierTimeout, as_score
+from areal_jax.rewards.outcome import BadReturn, Failure, Score, VerifierTimeout, as_score, plain_text
 
 INSIDE_WORKER = "AREAL_JAX_VERIFIER_WORKER"  # set in the environment of a worker: whoever started it will also kill it
 LENGTH = struct.Struct("<I")
@@ -62,12 +62,13 @@ def run_call(call: Call, loop: asyncio.AbstractEventLoop, started: Any) -> Score
             value = loop.run_until_complete(value)
         return as_score(value, seconds=time.monotonic() - begin)
     except VerifierTimeout as error:
-        return Failure(kind="timeout", text=str(error)[:2000], seconds=time.monotonic() - begin)
+        return Failure(kind="timeout", text=plain_text(str(error), 2000), seconds=time.monotonic() - begin)
     except BadReturn as error:
-        return Failure(kind="bad_return", text=f"{call.path}: {error}"[:2000], seconds=time.monotonic() - begin)
+        text = plain_text(f"{call.path}: {error}", 2000)
+        return Failure(kind="bad_return", text=text, seconds=time.monotonic() - begin)
     except BaseException as error:  # SystemExit and the like must not end the worker
         text = f"{call.path}: {type(error).__name__}: {error}"
-        return Failure(kind="exception", text=text[:2000], seconds=time.monotonic() - begin)
+        return Failure(kind="exception", text=plain_text(text, 2000), seconds=time.monotonic() - begin)
 
 
 def read_exactly(stream: BinaryIO, size: int) -> bytes:

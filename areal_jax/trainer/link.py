@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -134,23 +134,27 @@ class BackgroundPublisher:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-        """Begin to publish; returns at once."""
+    def start(
+        self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], measured: Mapping[str, float]
+    ) -> None:
+        """Begin to publish; returns at once. `measured`: as `Publisher.publish` takes it."""
         self.join()
-        arguments = (version, named_tensors, time.time())
+        arguments = (version, named_tensors, measured, time.time())
         self._thread = threading.Thread(target=self._run, args=arguments, name="publish", daemon=True)
         self._thread.start()
 
-    def publish(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    def publish(
+        self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], measured: Mapping[str, float]
+    ) -> None:
         """Publish and wait until the controller knows."""
         self.join()
-        self._run(version, named_tensors, time.time())
+        self._run(version, named_tensors, measured, time.time())
         self.join()
 
-    def _run(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], at: float) -> None:
+    def _run(self, version, named_tensors, measured, at: float) -> None:
         started = time.perf_counter()
         try:
-            self.manifest = self.publisher.publish(version, named_tensors, published_at=at)
+            self.manifest = self.publisher.publish(version, named_tensors, published_at=at, measured=measured)
             if self._client is None:
                 self._client = SyncClient("trainer-publisher", self._workdir)
             self._client.request(m.Publish(manifest=self.manifest), self._limit)

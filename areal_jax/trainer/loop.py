@@ -76,6 +76,7 @@ class Training:
         self.memory: dict[str, Any] = {"config": settings.config, "wall_seconds": 0.0, "trained_tokens": 0}
         self._asked = -1  # the version whose evaluation was begun last
         self.pending: tuple[Pending, dict[str, Any]] | None = None
+        self.saves_failed = 0
         self.evaluation: BackgroundEvaluation | None = None  # beside training
         self.idle_from: dict[str, float] = {}  # the clock when training began
 
@@ -192,6 +193,7 @@ class Training:
         batch = make_batch(message.groups, message.version, self.estimator, max_staleness=bound)
         pending = self.learner.step(batch, before_update=self.wait_for_publisher)
         self.note_evaluation()  # of the version before, which is published by now
+        self.note_failed_saves()
         self.flush_report()  # of the step before, while this one is computed
         jax.block_until_ready(self.learner.state.version)
         if self.trained is not None:
@@ -238,10 +240,12 @@ class Training:
             "wall_seconds": self.memory["wall_seconds"] + self.clock.age(),
             "trained_tokens": self.memory["trained_tokens"],
             "max_staleness": max(self.memory.get("max_staleness", 0), summary.get("max_staleness", 0)),
+            "worst_mismatch": self.memory.get("worst_mismatch"),
             "recompiles_after_warmup": compiled,
             "trainer_idle_fraction": idle_fraction(idle),
             "trainer_seconds": idle,
             "skipped_updates": self.guard.skipped,
+            "checkpoints_failed": self.saves_failed,
         }
         _write_json(self.workdir / "summary.json", summary)
 
@@ -249,18 +253,19 @@ class Training:
 
     def publish(self, *, wait: bool = False) -> None:
         """Sends the current weights on their way; with several processes all gather, so that they must wait."""
-        named = models.to_hf(self.learner.model, self.learner.state.params, self.settings.trainer.publish_dtype)
-        version = self.learner.version
+        dtype, version = self.settings.trainer.publish_dtype, self.learner.version
+        measured: dict[str, float] = {}
+        named = models.to_hf(self.learner.model, self.learner.state.params, dtype, timings=measured)
         if jax.process_count() > 1 or wait:
             with self.clock.phase("publishing"):
                 if self.publisher is not None:
-                    self.publisher.publish(version, named)
+                    self.publisher.publish(version, named, measured)
                 else:
                     for _ in named:  # takes part in the gathering
                         pass
                 distributed.agree(True, False)  # nobody goes on before the controller knows
         elif self.publisher is not None:
-            self.publisher.start(version, named)
+            self.publisher.start(version, named, measured)
 
     def wait_for_publisher(self) -> None:
         """Until nobody reads the old parameters any more."""
@@ -273,9 +278,11 @@ class Training:
         if self.pending is None:
             return
         (pending, extra), self.pending = self.pending, None
-        report = pending.report() | extra
+        report = pending.report() | extra | {"checkpoint/failed": self.saves_failed}
         staleness = report.get("staleness/max", 0)
         self.memory["max_staleness"] = max(self.memory.get("max_staleness", 0), int(staleness))
+        if (mismatch := report.get("mismatch/logprob_abs_diff_mean")) is not None:
+            self.memory["worst_mismatch"] = max(mismatch, self.memory.get("worst_mismatch") or 0.0)
         if warning := measure.diagnose(report, compute_dtype=self.settings.trainer.compute_dtype):
             report["warning"] = warning
             log.warning("version %d: %s", pending.version, warning)
@@ -343,6 +350,15 @@ class Training:
             controller = self.link.request(m.GetState(version=self.learner.version))
             memory = self.memory | {"wall_seconds": self.memory["wall_seconds"] + self.clock.age()}
             self.checkpoints.save(self.learner.state, controller.data, memory, wait=wait)
+        self.note_failed_saves()
+
+    def note_failed_saves(self) -> None:
+        """A checkpoint that could not be written is no reason to end: the one before is whole, the next may succeed."""
+        self.checkpoints.poll()
+        for problem in self.checkpoints.failed:
+            log.warning("%s; going on, the newest checkpoint is of version %s", problem, self.checkpoints.latest())
+        self.saves_failed += len(self.checkpoints.failed)
+        self.checkpoints.failed.clear()
 
 
 def _since(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:

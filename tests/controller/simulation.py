@@ -131,9 +131,10 @@ class World:
         del self.workers[name]
         self.advance(self.config.heartbeat_limit + 1)
 
-    def leave(self, name: str) -> None:
+    def leave(self, name: str, died: bool = False) -> None:
+        """With a goodbye; `died`: because its engine did."""
         del self.workers[name]
-        self.core.goodbye(name, self.now)
+        self.core.goodbye(name, self.now, died=died)
         self.deliver()
 
     def advance(self, seconds: float) -> None:
@@ -143,12 +144,12 @@ class World:
         self.core.tick(self.now)
         self.deliver()
 
-    def load(self, worker: FakeWorker, error: str = "") -> None:
+    def load(self, worker: FakeWorker, error: str = "", **timings: float) -> None:
         """`worker` has loaded the weights it was told to load, or could not."""
         told = worker.updates.pop(0)
         if not error:
             worker.version, worker.path = told.version, told.path
-        reply = m.WeightsLoaded(worker.name, told.version, told.published_at, error=error)
+        reply = m.WeightsLoaded(worker.name, told.version, told.published_at, timings=timings, error=error)
         self.core.weights_loaded(reply, self.now)
         self.deliver()
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 from areal_jax.data import check
 
@@ -22,6 +23,16 @@ def test_gold_answers_are_given_to_the_verifier(tmp_path, capsys):
     good = [{"prompt": f"{i}?", "answer": a} for i, a in enumerate(["12", "1,200", r"\frac{1}{2}", "-0.5"])]
     assert check.main([write(tmp_path / "a.jsonl", *good), "--verify", "--processes", "1"]) == 0
     assert "gold answers: 4 of 4 accepted" in capsys.readouterr().out
+
+
+def test_a_verifier_gets_what_it_gets_in_a_run(tmp_path, capsys):
+    problem = {"messages": [{"role": "user", "content": "1+1?"}], "answer": "2"}
+    path = write(tmp_path / "a.jsonl", problem)
+    arguments = [path, "--verify", "--processes", "1", "--verifier", "tests.data.judge:sees_everything"]
+    assert check.main(arguments) == 1 and "needs ['prompt_tokens', 'completion_tokens']" in capsys.readouterr().out
+    path = write(tmp_path / "b.jsonl", {"prompt": "1+1?", "answer": "2"})
+    toy = Path(__file__).parents[2] / "configs" / "toy"
+    assert check.main([path, *arguments[1:], "--model", str(toy)]) == 0
 
 
 def test_a_refused_gold_answer_is_named(tmp_path, capsys):

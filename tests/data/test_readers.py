@@ -53,6 +53,7 @@ def test_json_and_parquet_hold_the_same_records(tmp_path):
         ('{"prompt": ""}', r"a.jsonl:2: bad record: its 'prompt' is not text"),
         ('{"messages": [{"role": "user"}]}', r"a.jsonl:2: bad record: its 'messages'"),
         ('"text"', r"a.jsonl:2: bad record: it is a text"),
+        ('{"prompt": "\\ud83d"}', r"a.jsonl:2: bad record: not valid JSON .*surrogates not allowed"),
     ],
 )
 def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, line, message):

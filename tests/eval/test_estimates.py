@@ -50,6 +50,13 @@ def test_one_answer_per_problem_gets_wilsons_interval_and_several_a_bootstrap():
     assert {e.method for e in several.values()} == {"bootstrap over problems"}
 
 
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_no_interval_is_empty_where_every_answer_was_judged_alike(right):
+    found = summarize([[right] * 4] * 8, ks=[4])
+    for estimate in found.values():
+        assert (estimate.low, estimate.high) == wilson(int(8 * right), 8) and estimate.high - estimate.low > 0.2
+
+
 def test_a_fraction_of_tests_counts_in_the_average_and_is_not_a_pass():
     found = summarize([[0.5, 0.5], [1.0, 0.0]], ks=[1])
     assert found["avg@2"].value == pytest.approx(0.5) and found["pass@1"].value == pytest.approx(0.25)

@@ -30,8 +30,8 @@ WORKFLOWS = {
 }
 
 
-def run_recorded(tmp_path, workflow: str, engine: str = "jax", verifier: str = "parity") -> Path:
-    """A run of two steps by the launcher's own supervisor, with recording roles; returns its folder."""
+def config_of(tmp_path, workflow: str, engine: str = "jax", verifier: str = "parity", **changes) -> dict:
+    """The settings of a run of two steps with a tiny random checkpoint, and `changes` (section__key=value)."""
     config = default_config()
     config.model = make_checkpoint(tmp_path / "model")
     config.data.update({"train": "arithmetic:count=64", "eval": "arithmetic:count=24,seed=9", "template": "none"})
@@ -43,8 +43,15 @@ def run_recorded(tmp_path, workflow: str, engine: str = "jax", verifier: str = "
     config.rollout.workflow_args = WORKFLOWS[workflow][1]
     config.trainer.update({"steps": 2, "proximal": "fused", "row_length": 64, "rows": 4, "learning_rate": 1e-3})
     config.metrics.update({"tensorboard": False, "view": "none"})
-    config = resolve(config)
-    run = tmp_path / "run"
+    for name, value in changes.items():
+        part, _, key = name.partition("__")
+        config[part][key] = value
+    return resolve(config)
+
+
+def run_recorded(tmp_path, *arguments, **changes) -> Path:
+    """A run by the launcher's own supervisor, with recording roles; returns its folder."""
+    config, run = config_of(tmp_path, *arguments, **changes), tmp_path / "run"
     session.prepare(config, run)
     roles, leaders = roles_of(config, run)
     for i, role in enumerate(roles):
@@ -182,6 +189,41 @@ def test_a_verifiers_error_is_never_a_score_and_shaping_is_not_accuracy(tmp_path
     trained = [step for step in steps if "reward/mean" in step]
     assert len(trained) == 2 and all(0 <= step["reward/accuracy"] <= 1 for step in trained)
     assert all(step["reward/mean"] < 10 * (step["reward/accuracy"] - 0.5) for step in trained)
+
+
+@pytest.mark.slow
+def test_an_evaluation_beside_training_keeps_its_version_and_stops_nobody(tmp_path):
+    """Seen in the order in which two workers' engines gave out completions, and in the versions of the tokens."""
+    settings = {"trainer__steps": 8, "trainer__eval_every": 3, "rollout__workers": 2}
+    run = run_recorded(tmp_path, "single_turn", controller__eval_samples_per_prompt=4, **settings)
+    given = [json.loads(line) for line in (run / "recorded/completions.jsonl").read_text().splitlines()]
+    evaluating = [line["key"][1] < 0 for line in given]
+    assert all(len(set(line["versions"])) == 1 for line, of_evaluation in zip(given, evaluating) if of_evaluation)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["step"] for line in lines if "eval/accuracy" in line]
+    beside = [version for version in evaluated if 0 < version < 8]
+    assert beside and {0, 8} <= set(evaluated)
+    went_on = newer = 0
+    for version in evaluated:
+        places = [i for i, line in enumerate(given) if evaluating[i] and line["versions"][0] == version]
+        assert len(places) == 24 * 4
+        meanwhile = [line for line, e in zip(given[places[0] : places[-1]], evaluating[places[0] :]) if not e]
+        went_on += bool(meanwhile)
+        newer += any(max(line["versions"]) > version for line in meanwhile)
+    assert went_on == len(evaluated) - 1  # all but the last one, after training
+    assert newer  # while an evaluation ran, training went on, and a worker got what it made
+
+
+@pytest.mark.slow
+def test_on_error_stop_ends_the_run_with_the_verifiers_own_words(tmp_path, capsys):
+    changes = {"rewards__on_error": "stop", "controller__max_attempts": 10**6}  # dropping would go on for ever
+    config, run = config_of(tmp_path, "single_turn", verifier="touchy", **changes), tmp_path / "run"
+    session.prepare(config, run)
+    assert session.run(config, run) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("areal_jax: the run failed: ") and "rewards.on_error is 'stop'" in last
+    assert "verifier_exception" in last and "is not to be judged" in last
+    assert not (run / "summary.json").exists()
 
 
 def characters(run: Path) -> float:

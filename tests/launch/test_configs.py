@@ -1,6 +1,7 @@
 """The shipped configs: every field is known and in range, and the models fit the hardware that the docstrings name."""
 
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -36,6 +37,15 @@ ALL_GPUS = {
     "gsm8k_qwen2_5_1_5b": 8, "areal_math_1_5b": 128, "areal_math_1_5b_8gpu": 8, "areal_math_7b": 192,
     "areal_code_14b": 256, "areal_code_32b": 384,
 }  # fmt: skip
+# What AReaL's paper (Tables 1, 7 and 8) and its GSM8K example report, as the docstrings must say it; training steps.
+PUBLISHED = {
+    "areal_math_1_5b": ("42.2 on AIME 2024 (base 29.3) after 250 steps in 14.8 hours", 250),
+    "areal_math_7b": ("63.1 on AIME 2024 (base 54.3) after 250 steps in 25.4 hours", 250),
+    "areal_code_14b": ("58.1 on LiveCodeBench (base 53.4) after 80 steps in 21.9 hours", 80),
+    "areal_code_32b": ("61.0 on LiveCodeBench (base 57.4) after 60 steps in 31.1 hours", 60),
+    "areal_math_1_5b_8gpu": ("AIME 2024              31.7  32.6  32.4  34.1  29.9  32.8", 250),
+    "gsm8k_qwen2_5_1_5b": ("79.6 % on the test set", 290),
+}
 
 
 def load(path):
@@ -72,6 +82,35 @@ def test_the_model_fits_the_stated_gpus(name):
     room = 0.9 * 80 * GIB - memory.engine(shape, rollout["dtype"], 0, per_engine).total
     longest = memory.engine(shape, rollout["dtype"], rollout["max_length"], per_engine).parts["caches"]
     assert room / longest > 8, "an engine should run more than a few of the longest answers at once"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_docstring_says_the_hardware_the_command_and_the_published_result(name):
+    module, config = load(next(path for path in CONFIGS if path.stem == name))
+    said, (result, steps) = module["__doc__"], PUBLISHED[name]
+    assert result in said[said.index("Expect:") :] and config["trainer"]["steps"] == steps
+    assert f"configs/{name}.py" in said[said.index("Command:") : said.index("Hardware:")]
+    nodes = re.search(r"(\d+) nodes of 8 GPUs with 80 GB", said)
+    if nodes:
+        assert f"sbatch --nodes={nodes[1]} " in said and int(nodes[1]) * 8 == ALL_GPUS[name]
+    else:
+        assert ALL_GPUS[name] == 8 and re.search(r"\b8 GPUs (?:of|with) 80 GB", said)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("areal")])
+def test_the_papers_hyper_parameters(name):
+    """Table 3 of arXiv 2505.24298, and what its appendix says of the small set-up."""
+    _, config = load(next(path for path in CONFIGS if path.stem == name))
+    controller, trainer, rollout, rewards = (config[part] for part in ("controller", "trainer", "rollout", "rewards"))
+    assert (controller["batch_size"], controller["group_size"]) == (64 if "8gpu" in name else 512, 16)
+    assert trainer["minibatches"] == 4 and trainer["max_grad_norm"] == 1.0
+    assert (trainer["objective_args"]["clip_low"], trainer["objective_args"]["clip_high"]) == (0.2, 0.2)
+    assert (trainer["learning_rate"], trainer["weight_decay"]) == (2e-5, 0.05)
+    assert (trainer["beta1"], trainer["beta2"], trainer["epsilon"]) == (0.9, 0.95, 1e-5)
+    assert [(score + rewards["offset"]) * rewards["scale"] for score in (1, 0)] == [5, -5]
+    assert rollout["max_new_tokens"] == (8192 if "8gpu" in name else 27_648) and rollout["temperature"] == 1.0
+    assert controller["max_staleness"] == (4 if "code" in name or "8gpu" in name else 8)
+    assert trainer["kl_coef"] == 0.0 and trainer["objective"] == "decoupled_ppo"
 
 
 def test_the_quick_start_trains_the_shipped_checkpoint():

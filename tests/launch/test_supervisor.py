@@ -77,6 +77,15 @@ def test_a_worker_that_dies_too_often_ends_the_run_with_its_name(tmp_path):
     assert diagnosis(log) == "ValueError: the shape is wrong"
 
 
+@pytest.mark.parametrize("code", [2, 70])
+def test_a_role_that_says_that_the_run_cannot_go_on_is_believed(tmp_path, code):
+    final = role("rewards-0", f"import sys; sys.exit({code})", restarts=5, peers="rewards")
+    other = role("rewards-1", FOREVER, peers="rewards")
+    outcome, told, supervisor = run(tmp_path, role("trainer", FOREVER), final, other)
+    assert outcome == Outcome("failed", f"rewards-0 ended with exit code {code}", "rewards-0")
+    assert not told and not supervisor.restarts
+
+
 def test_one_of_several_workers_may_be_given_up(tmp_path):
     state = {}
 

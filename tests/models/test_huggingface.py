@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from areal_jax import models
+from areal_jax.models import huggingface
 from tests.models import tiny
 
 torch = pytest.importorskip("torch")
@@ -191,6 +193,27 @@ def test_a_failed_export_leaves_nothing(folder, tmp_path):
         models.export_hf(model, params, tmp_path / "out", source=folder)
     models.export_hf(model, params, tmp_path / "out", source=folder, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["original", "out"]
+
+
+@pytest.mark.parametrize("sizes", [None, dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_loading_holds_a_layer_of_a_large_parameter_in_host_memory_not_all_of_it(tmp_path, monkeypatch, sizes):
+    hf = tiny.CONFIGS["qwen2-untied"] | {"num_hidden_layers": 12, "intermediate_size": 2048}
+    model = models.Model(models.ModelConfig.from_hf(hf), mesh=models.make_mesh(**sizes) if sizes else None)
+    params = model.init(jax.random.key(0))
+    models.export_hf(model, params, tmp_path / "out", dtype=jnp.float32, max_shard_bytes=1_000_000)
+    kernel = params["layers"]["mlp"]["up"]["kernel"]
+    layer = kernel.nbytes // 12
+    monkeypatch.setattr(huggingface, "STAGED_BYTES", layer)
+    models.load_hf(tmp_path / "out", mesh=model.mesh)  # so that what jax keeps of compiling is there before
+    tracemalloc.start()  # counts numpy's arrays and what safetensors reads, not jax's arrays
+    try:
+        _, again = models.load_hf(tmp_path / "out", mesh=model.mesh)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert jax.tree.map(lambda p: p.sharding, again) == jax.tree.map(lambda p: p.sharding, params)
+    assert peak < 4 * layer < kernel.nbytes / 2, peak
 
 
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(fsdp=4, data=2), dict(data=2, fsdp=2, tensor=2)], ids=str)

@@ -200,3 +200,26 @@ CHEAT = {
     ),
     "empties the arguments of its callers": ("def double(n):\n    return 0", "wrong_answer"),
 }
+# Programs that try to make the *verifier* fail, so that their sample is dropped instead of scored 0. They are called with
+# JSON arguments, and their results are compared in the verifier's own process: (program, expected results).
+_SEND = (
+    "import os, struct\ndef double(n):\n    for fd in range(3, 64):\n"
+    "        try: os.write(fd, struct.pack('<I', {n}) + {data!r})\n        except OSError: pass\n    return 1"
+)
+BREAK = {
+    "an int that no float holds": ("def double(n):\n    return 10**400", [8, 10.5]),
+    "a key with too many digits": ("def double(n):\n    return {10**5000: 1}", [{"1": 8}, {"1": 8}]),
+    "a result that is a list": (_SEND.format(n=2, data=b"[]"), [8, 10]),
+    "a result that is a number": (_SEND.format(n=1, data=b"7"), [8, 10]),
+    "a result that is a text": (_SEND.format(n=4, data=b'"ok"'), [8, 10]),
+    "a fraction that takes for ever": (
+        "class Fraction:\n    numerator, denominator = 1 << 4_000_000, 3\n    def __str__(self): return '1e999999999'\n"
+        "Fraction.__module__ = 'fractions'\ndef double(n): return Fraction()",
+        [8, 10],
+    ),
+    "an error of half a character": (
+        "def double(n):\n    class E(Exception):\n        def __str__(self): return chr(0xdc80)\n    raise E",
+        [8, 10],
+    ),
+    "a deep result": ("def double(n):\n    d = {}\n    for _ in range(400): d = {'a': d}\n    return d", [{"a": 8}, 10]),
+}

@@ -1,20 +1,18 @@
 """verify_code: programs are found, run and judged in all three forms of tests."""
 
-import ast
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 
-from areal_jax.rewards import VerifierError, VerifierPool, sandbox, verify_code
+from areal_jax.rewards import VerifierError, VerifierPool, VerifierTimeout, sandbox, verify_code
 from areal_jax.rewards.code import extract_program, grade_code
 from areal_jax.rewards.code_tests import Calls, read_tests, same_output, same_value
+from tools.mutants import mutants, plainly
 
 DATA = next((p / "shared" / "data" for p in Path(__file__).parents if (p / "shared" / "data").is_dir()), None)
 ISOLATION = next((kind for kind in ("landlock", "bwrap") if not sandbox.works(kind)), None)
@@ -122,6 +120,15 @@ def test_the_reward_may_be_the_fraction_of_tests():
     assert grade(SUM_SCRIPT, half, reward="fraction")["reward"] == 0.5
 
 
+def test_a_program_that_runs_for_ever_on_every_test_is_wrong_and_no_failure_of_the_verifier():
+    many = {"inputs": ["1"] * 9, "outputs": ["1"] * 9}
+    options = {"reward": "fraction", "cpu_seconds": 1, "total_seconds": 1.5}
+    graded = grade("while True: pass", many, **options)
+    assert graded["reward"] == 0.0 and graded["tests"] == 9 and graded["reason"] in ("cpu_limit", "timeout")
+    with pytest.raises(VerifierTimeout, match="together took more"):
+        grade("import time\ntime.sleep(0.6)\nprint(1)", many, **options)
+
+
 def test_numpy_is_there_and_its_results_are_plain():
     pytest.importorskip("numpy")
     program = "import numpy as np\ndef total(x): return np.sum(np.array(x))\ndef twice(x): return np.array(x) * 2"
@@ -220,67 +227,6 @@ def test_values_are_compared_as_json():
 # --- HumanEval -----------------------------------------------------------------------------------------------------
 
 
-OPPOSITE = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
-
-
-class _Mutant(ast.NodeTransformer):
-    """Changes the first number (one more) or the first comparison (the opposite)."""
-
-    def __init__(self, kind: str):
-        self.kind, self.done = kind, False
-
-    def visit_Constant(self, node):
-        if self.kind == "constant" and not self.done and type(node.value) in (int, float):
-            self.done = True
-            return ast.copy_location(ast.Constant(node.value + 1), node)
-        return node
-
-    def visit_Compare(self, node):
-        if self.kind == "comparison" and not self.done and type(node.ops[0]) in OPPOSITE:
-            self.done = True
-            node.ops[0] = OPPOSITE[type(node.ops[0])]()
-            return node
-        return self.generic_visit(node)
-
-
-def mutants(record: dict) -> list[str]:
-    """The canonical solution with a wrong constant, a comparison turned round, and an early return."""
-    program = record["prompt"] + record["canonical_solution"]
-    found = []
-    for kind in ("constant", "comparison"):
-        mutant = _Mutant(kind)
-        tree = mutant.visit(ast.parse(program))
-        if mutant.done:
-            found.append(ast.unparse(tree))
-    tree = ast.parse(program)
-    entry = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == record["entry_point"]][-1]
-    entry.body.insert(1, ast.parse("return None").body[0])
-    return [*found, ast.unparse(tree)]
-
-
-def plainly(pairs: list[tuple[dict, str]]) -> list[bool]:
-    """Whether each program passes, found out without any sandbox, in one process, with an alarm."""
-    script = """
-import json, signal, sys
-def stop(*_): raise TimeoutError
-signal.signal(signal.SIGALRM, stop)
-for record, program in json.load(sys.stdin):
-    signal.alarm(5)
-    try:
-        scope = {"__name__": "plain"}
-        exec(program + "\\n" + record["test"], scope)
-        scope["check"](scope[record["entry_point"]])
-        print(1, file=sys.stderr)
-    except BaseException:
-        print(0, file=sys.stderr)
-    signal.alarm(0)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(pairs), capture_output=True, text=True, check=True
-    )
-    return [line == "1" for line in done.stderr.split()]
-
-
 def check_human_eval(step: int, isolation: str) -> int:
     if DATA is None:
         pytest.skip("no shared/data beside the repository")
@@ -298,7 +244,7 @@ def check_human_eval(step: int, isolation: str) -> int:
                 isolation=isolation,
             )
             assert graded["reward"] == 1.0, (record["task_id"], graded)
-    pairs = [(record, program) for record in records for program in mutants(record)]
+    pairs = [(record, program) for record in records for program in mutants(record).values()]
     wrong = 0
     for (record, program), passes in zip(pairs, plainly(pairs), strict=True):
         graded = grade(program, record["test"], entry_point=record["entry_point"], isolation=isolation)

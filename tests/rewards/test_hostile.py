@@ -1,5 +1,6 @@
 """Hostile completions score 0, are named, and harm nothing; with and without bubblewrap."""
 
+import asyncio
 import os
 import shutil
 import socket
@@ -10,7 +11,7 @@ import tempfile
 import psutil
 import pytest
 
-from areal_jax.rewards import sandbox
+from areal_jax.rewards import Score, VerifierPool, sandbox
 from areal_jax.rewards.code import grade_code
 from tests.rewards import hostile
 
@@ -21,7 +22,11 @@ def check(candidate):
     assert abs(candidate(5) - 10) < 1e-6
 """
 FAST = {"cpu_seconds": 1, "wall_seconds": 30.0, "memory_bytes": 512 << 20}
-ISOLATIONS = [kind for kind in ("bwrap", "landlock") if not sandbox.works(kind)]
+PROBLEMS = {kind: sandbox.works(kind) for kind in ("bwrap", "landlock")}  # a skipped test says which of them is why
+ISOLATIONS = [
+    pytest.param(kind, marks=pytest.mark.skipif(bool(problem), reason=f"isolation {kind}: {problem}"))
+    for kind, problem in PROBLEMS.items()
+]
 ATTACKS = hostile.LIMITS | hostile.REACH | hostile.CHEAT
 ALWAYS = (
     "endless loop", "fork bomb", "memory bomb", "huge output", "reads a file outside", "deletes a file outside",
@@ -75,6 +80,26 @@ def test_attack(attack, isolation, surroundings):
     assert children() == before and sorted(os.listdir(tempfile.gettempdir())) == scratch
 
 
+def test_no_program_can_make_its_verifier_fail():
+    """Through the pool, as in a run: a failure would be dropped, and tried again, where a 0 is due."""
+    working = [kind for kind, problem in PROBLEMS.items() if not problem]
+    if not working:
+        pytest.skip(str(PROBLEMS))
+
+    async def main():
+        async with VerifierPool(2, 60.0) as pool:
+            calls = []
+            for program, results in hostile.BREAK.values():
+                tests = {"fn_name": "double", "inputs": [[4], [5]], "outputs": results}
+                fields = FAST | {"completion": f"```python\n{program}\n```", "tests": tests, "isolation": working[0]}
+                calls.append(pool.submit("areal_jax.rewards.grade_code", fields))
+            return await asyncio.gather(*calls)
+
+    for name, outcome in zip(hostile.BREAK, asyncio.run(main()), strict=True):
+        assert isinstance(outcome, Score), (name, outcome)
+        assert outcome.reward == 0.0 and outcome.reason, name
+
+
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_the_task_of_the_attacks_can_be_solved(isolation):
     program = "def double(n):\n    return 2 * n"
@@ -82,8 +107,8 @@ def test_the_task_of_the_attacks_can_be_solved(isolation):
 
 
 def test_there_is_a_sandbox_where_bubblewrap_is_not(monkeypatch):
-    if "landlock" not in ISOLATIONS:
-        pytest.skip(sandbox.works("landlock"))
+    if PROBLEMS["landlock"]:
+        pytest.skip(PROBLEMS["landlock"])
     monkeypatch.setattr(shutil, "which", lambda name: None)
     sandbox.works.cache_clear()
     try:

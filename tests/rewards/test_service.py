@@ -158,16 +158,6 @@ def test_verifier_processes_die_with_a_service_that_is_killed(tmp_path):
     run(tmp_path, story, processes=2)
 
 
-def test_on_error_stop_ends_the_service_with_a_code_of_its_own(tmp_path):
-    async def story(world):
-        replies = await world.ask((1, "x"))
-        assert replies[1].error == "exception" and "cannot judge x" in replies[1].detail
-        assert await asyncio.wait_for(world.process.wait(), PATIENCE) == 3
-        assert "cannot judge x" in (await world.hear(Goodbye)).reason
-
-    run(tmp_path, story, verifiers=(f"{HERE}.raises",), on_error="stop")
-
-
 def test_several_verifiers_with_weights_and_arguments(tmp_path):
     settings = {
         "verifiers": ("areal_jax.rewards:verify_math", "areal_jax.rewards.shaping:format_penalty"),

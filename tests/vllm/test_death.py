@@ -1,4 +1,7 @@
-"""A rollout worker that dies takes vLLM with it."""
+"""A rollout worker that dies takes vLLM with it, with several processes and the memory between them.
+
+Of a vLLM of one process the same is seen in test_run.
+"""
 
 import os
 import signal
@@ -32,7 +35,8 @@ def test_a_killed_rollout_worker_leaves_no_process_and_no_memory(tmp_path):
             import jax.numpy as jnp
             model = models.Model(models.ModelConfig.from_hf({str(tmp_path / "model")!r}))
             manifest = Publisher({str(tmp_path)!r}).publish(0, models.to_hf(model, checkpoints.random_params(model, 0)))
-            engine = VllmEngine({str(tmp_path / "model")!r}, slots=2, max_length=64)
+            two = {{"tensor_parallel_size": 2}}
+            engine = VllmEngine({str(tmp_path / "model")!r}, slots=2, max_length=64, engine_args=two)
             await engine.start(manifest)
             print("ready", flush=True)
             await asyncio.sleep(600)
@@ -52,7 +56,7 @@ def test_a_killed_rollout_worker_leaves_no_process_and_no_memory(tmp_path):
         while (line := worker.stdout.readline().strip()) != "ready":
             assert worker.poll() is None, line
         children = vllm_processes(worker.pid)
-        assert len(children) >= 2
+        assert len(children) >= 3  # the engine, and a worker per rank
         shared = {m.path for p in children for m in p.memory_maps() if m.path.startswith("/dev/shm")}
         assert shared
         worker.send_signal(signal.SIGKILL)
