@@ -17,11 +17,10 @@ KILLS = [
     "kill: rewards, judged and not yet told",
     "kill verifier: verifier, at work on an answer",
     "kill: trainer, before the first weights",
-    "kill: trainer, bytes written and the version not yet told",
     "kill: trainer, during a checkpoint",
 ]
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("name", KILLS)
@@ -29,6 +28,5 @@ def test_a_process_killed_at_this_point_costs_time_only(survives, name):
     assert survives(FAULTS[name]).struck
 
 
-@pytest.mark.parametrize("role", ["rollout", "trainer"])
-def test_a_process_killed_at_a_random_moment_costs_time_only(survives, role):
-    survives(FAULTS[f"kill: {role}, at a random moment"], seed=1)
+def test_a_process_killed_at_a_random_moment_costs_time_only(survives):
+    survives(FAULTS["kill: trainer, at a random moment"], seed=1)

@@ -6,7 +6,7 @@ from tools.faults.matrix import all_faults
 
 FAULTS = {fault.name: fault for fault in all_faults()}
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_the_launcher_is_killed_nothing_stays_and_the_same_command_goes_on(survives):
