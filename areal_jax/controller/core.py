@@ -297,6 +297,7 @@ class Core(Scheduler):
             return m.Refused(reason=f"version {version} cannot follow version {self.version}: {why}")
         self.version, self.manifest, self.progress_at = version, manifest, now
         self.telemetry.published(now)
+        self.evaluations.published(manifest)
         self._expire()
         self._schedule(now)
         return m.Published(version=version)
