@@ -63,7 +63,8 @@ def mismatch_statistics(train_logprobs: ArrayLike, sampler_logprobs: ArrayLike, 
     """How well trainer and sampler agree on tokens of lag 0; both should be numerically the same policy.
 
     * `logprob_difference` (trainer - sampler), `logprob_abs_difference`, `logprob_square_difference`, in nats
-    * `probability_abs_difference`, `k1_kl`, `k3_kl` as in `ratio_diagnostics`
+    * `probability_abs_difference`
+    * `ratio_mean`, `ratio_second_moment`, `k1_kl`, `k3_kl` as in `ratio_diagnostics`, of trainer / sampler
     * `train_probability`, `sampler_probability`, their `_square`s and `probability_product`: the moments from which
       `summarize` makes `probability_correlation` (verl's `rollout_actor_probs_pearson_corr`)
     """
@@ -72,12 +73,14 @@ def mismatch_statistics(train_logprobs: ArrayLike, sampler_logprobs: ArrayLike, 
     )
     train = jax.lax.stop_gradient(train)
     difference = _arrays.log_ratio(train, sampler)
-    p, q = jnp.exp(train), jnp.exp(sampler)
+    p, q, ratio = jnp.exp(train), jnp.exp(sampler), jnp.exp(difference)
     return {
         "logprob_difference": _mean(difference, mask),
         "logprob_abs_difference": _mean(jnp.abs(difference), mask),
         "logprob_square_difference": _mean(jnp.square(difference), mask),
         "probability_abs_difference": _mean(jnp.abs(p - q), mask),
+        "ratio_mean": _mean(ratio, mask),
+        "ratio_second_moment": _mean(jnp.square(ratio), mask),
         "k1_kl": _mean(-difference, mask),
         "k3_kl": _mean(jnp.expm1(difference) - difference, mask),
         "train_probability": _mean(p, mask),

@@ -33,7 +33,7 @@ def get_config():
     c.trainer.eval_every = 20
     c.trainer.proximal = "fused"  # exact and free with one minibatch
     c.trainer.row_length = 128
-    c.trainer.rows = 32
+    c.trainer.rows = 8  # small micro-batches: whatever is sampled fills them
     c.trainer.learning_rate = 1e-4
     c.trainer.warmup_steps = 5
     c.trainer.weight_decay = 0.0

@@ -205,6 +205,7 @@ def test_mismatch_statistics_agree_with_numpy():
     close(got["logprob_difference_std"], d.std(), 1e-4)
     close(got["probability_abs_difference"], np.abs(p - q).mean(), 1e-4)
     close(got["k3_kl"], (np.expm1(d) - d).mean(), 1e-3)
+    close(got["effective_sample_size"], np.exp(d).mean() ** 2 / np.exp(2 * d).mean(), 1e-5)
     close(got["probability_correlation"], np.corrcoef(p, q)[0, 1], 1e-4)
 
 

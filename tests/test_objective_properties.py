@@ -2,6 +2,7 @@
 vmap and grad; finite whatever masked places and extreme log-probs hold; errors that name the argument."""
 
 import functools
+import inspect
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from areal_jax import corrections, losses
+from areal_jax import advantages, corrections, losses
 
 PPO = ("logprobs", "old_logprobs", "advantages", "mask")
 OFF_POLICY = ("logprobs", "behavior_logprobs", "advantages", "mask")
@@ -252,6 +253,35 @@ def test_without_a_mask_everything_is_trained():
         function = getattr(losses, name, None) or getattr(corrections, name)
         bare = function(*(arrays[key] for key in arguments[:-1]), **keywords)
         np.testing.assert_array_equal(bare, call(name, arrays), name)
+
+
+# What may be given by position, in order; everything else is keyword-only. People write these calls.
+POSITIONAL = {
+    "logprobs old_logprobs mask": "importance_log_ratio",
+    "logprobs old_logprobs advantages mask": "ppo_clip_loss gspo_loss sapo_loss mirror_descent_loss",
+    "logprobs proximal_logprobs behavior_logprobs advantages mask": "decoupled_ppo_loss",
+    "logprobs behavior_logprobs advantages mask": (
+        "cispo_loss aipo_loss topr_loss vespo_loss opsm_mask dppo_mask m2po_mask"
+    ),
+    "logprobs behavior_logprobs mask": "m2po_all_tokens_mask",
+    "logprobs advantages mask": "reinforce_loss asympo_loss scaled_policy_loss nll_balance",
+    "logprobs ref_logprobs mask": "kl_penalty",
+    "logits": "entropy_from_logits",
+    "values returns old_values mask": "value_loss",
+    "per_token mask": "aggregate",
+    "train_old sampler mask": "tis_weights icepop_weights sequence_is_mask",
+    "behavior current behavior_version current_version": "interpolate_proximal_logprobs",
+    "rewards group_ids": "group_relative leave_one_out asymre informative_group_mask",
+    "rewards values mask": "gae",
+}
+
+
+@pytest.mark.parametrize("arguments", POSITIONAL)
+def test_positional_arguments_and_their_order(arguments):
+    for name in POSITIONAL[arguments].split():
+        function = next(getattr(m, name) for m in (losses, corrections, advantages) if name in m.__all__)
+        parameters = inspect.signature(function).parameters.values()
+        assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == arguments.split(), name
 
 
 X, A = np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32)

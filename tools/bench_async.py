@@ -117,10 +117,10 @@ def draw(folders: dict[str, Path], path: Path, seconds: float) -> None:
     figure.savefig(path, dpi=110)
 
 
-def engine_rate(options: argparse.Namespace) -> float:
-    """The embedded engine alone, nothing else running: tokens per second at 64 concurrent requests."""
+def engine_rate(options: argparse.Namespace, engine: str) -> float:
+    """The run's engine alone, nothing else running: tokens per second at 64 concurrent requests."""
     path = options.workdir / "engine.json"
-    command = [sys.executable, "tools/bench_engine.py", "--concurrent", "64", "--json", str(path)]
+    command = [sys.executable, "tools/bench_engine.py", "--concurrent", "64", "--json", str(path), "--engine", engine]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     rows = json.loads(path.read_text())
     return next(row["tokens_per_second"] for row in rows if row["concurrent"] == 64)
@@ -147,7 +147,8 @@ def main() -> None:
         parser.error(f"{options.workdir} exists; name another folder with --workdir")
     options.workdir.mkdir(parents=True)
 
-    rate = engine_rate(options)
+    engine = "vllm" if "--config.rollout.engine=vllm" in options.overrides else "jax"
+    rate = engine_rate(options, engine)
     rows: dict[str, list[dict]] = {mode: [] for mode in modes}
     for repeat in range(options.repeats):  # modes in turn, so that a drift of the machine meets all alike
         for mode in modes:
@@ -155,9 +156,9 @@ def main() -> None:
             print(f"{mode} #{repeat}: {rows[mode][-1]['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
     results = [median(rows[mode]) | {"engine_tokens_per_second_at_64": rate} for mode in modes]
     machine = f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}"
-    print(f"{machine}; {options.steps} steps of {options.config}, medians of {options.repeats}\n")
+    print(f"{machine}; {options.steps} steps of {options.config}, medians of {options.repeats}; engine: {engine}\n")
     print(table(results))
-    print(f"\nembedded engine alone, 64 concurrent requests: {rate:.0f} tokens/s")
+    print(f"\nthe engine ({engine}) alone, 64 concurrent requests: {rate:.0f} tokens/s")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:

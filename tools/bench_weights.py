@@ -4,7 +4,8 @@ Publishes versions of a random network as the trainer does and loads them into a
 every size and transport asked for. Times are the medians over `--updates`, in milliseconds, after one that is not
 counted:
 
-  convert  gather the parameters, cast them, give them their Hugging Face names and layouts
+  gather   bring the parameters together, and to the host
+  convert  cast them, give them their Hugging Face names and layouts
   copy     write them for others to map, with checksums
   read     find the version, fetch it if it is on another host, map it
   verify   compare the checksums
@@ -45,7 +46,7 @@ import numpy as np
 from areal_jax import models, weights
 from areal_jax.rollout.engine import Request, Sampling
 
-PARTS = ("convert", "copy", "read", "verify", "open", "load", "pause", "total")
+PARTS = ("gather", "convert", "copy", "read", "verify", "open", "load", "pause", "total")
 # name: width, layers, heads, width of the MLP, vocabulary. "toy" is the quick start's; "0.5B" is Qwen2.5-0.5B.
 SIZES = {
     "toy": (96, 2, 3, 256, 260),
@@ -116,7 +117,9 @@ async def measure(engine_name: str, size: str, args: argparse.Namespace) -> Asyn
             with publisher_for(transport, folder) as publisher:
 
                 def publish(publisher=publisher, transport=transport):
-                    manifest = publisher.publish(next(versions), models.to_hf(model, params, args.dtype))
+                    measured = {}
+                    named = models.to_hf(model, params, args.dtype, timings=measured)
+                    manifest = publisher.publish(next(versions), named, measured=measured)
                     away = {"host": f"not-{socket.gethostname()}"} if transport == "tcp" else {}
                     return msgspec.structs.replace(manifest, **away)
 
@@ -130,10 +133,12 @@ async def measure(engine_name: str, size: str, args: argparse.Namespace) -> Asyn
                     await asyncio.sleep(args.interval)
                     start = time.perf_counter()
                     manifest = await asyncio.to_thread(publish)
-                    made = publisher.timings
+                    made = {part: publisher.timings[part] for part in ("gather", "convert", "copy")}
                     loaded = await engine.update_weights(manifest)
                     total = time.perf_counter() - start
-                    rows.append({"convert": made["convert"], "copy": made["copy"], "total": total} | loaded)
+                    if "convert" in loaded:  # the embedded engine's: it makes its parameters before it pauses
+                        loaded["load"] = loaded.pop("convert")
+                    rows.append(made | {"total": total} | loaded)
                     if dead := [task for task in busy if task.done()]:
                         dead[0].result()
             result = {"engine": engine_name, "size": size, "transport": transport, "dtype": args.dtype}

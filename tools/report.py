@@ -2,7 +2,7 @@
 """A run's folder as a page with pictures: python tools/report.py runs/x [--out DIR]
 
 Writes report.md and PNG files to DIR (default: report/ in the run's folder): the learning curve, staleness, throughput,
-and the timeline of all processes. Needs matplotlib (the extra "dev").
+the mismatch of engine and trainer, and the timeline of all processes. Needs matplotlib (the extra "dev").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from areal_jax.config import ConfigError, load
-from areal_jax.launch.snapshot import histogram
+from areal_jax.launch.snapshot import MISMATCH, histogram
 from areal_jax.launch.summary import lines
 from areal_jax.metrics.writers import read_metrics
 
@@ -46,6 +46,7 @@ def main() -> int:
         learning_curve(rows, out / "learning.png"),
         staleness(rows, config["controller"]["max_staleness"], out / "staleness.png"),
         throughput(rows, out / "throughput.png"),
+        mismatch(rows, out / "mismatch.png"),
         timeline(args.workdir, out / "timeline.png"),
     ]
     path = out / "report.md"
@@ -95,6 +96,19 @@ def throughput(rows, path: Path) -> Path | None:
     axis.plot(*series(rows, "perf/gen_tokens_per_s"), color=COLOURS["generating"], label="generated", linewidth=1)
     axis.plot(*series(rows, "perf/train_tokens_per_s"), color=COLOURS["training"], label="trained", linewidth=1)
     axis.set(xlabel="training step", ylabel="tokens / s", title="Throughput")
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def mismatch(rows, path: Path) -> Path | None:
+    """How far the engine's log-probs are from the trainer's: rounding at lag 0, the policy's movement above."""
+    curves = {kind: series(rows, name) for kind, name in MISMATCH.items()}
+    if not any(values for _, values in curves.values()):
+        return None
+    figure, axis = plt.subplots(figsize=(8, 3))
+    for (kind, curve), colour in zip(curves.items(), (COLOURS["training"], COLOURS["loading_weights"]), strict=True):
+        axis.plot(*curve, color=colour, label=f"tokens of {kind}", linewidth=1)
+    axis.set(xlabel="training step", ylabel="mean |Δ log-prob|", title="Engine against trainer", yscale="log")
     axis.legend(frameon=False)
     return _save(figure, path)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from areal_jax import config as configuration
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.controller.core import Core
+from areal_jax.controller.core import Core, Silent
 from areal_jax.controller.journal import Journal
 from areal_jax.controller.service import Service
 from areal_jax.controller.snapshot import StateError
@@ -20,6 +20,7 @@ from areal_jax.data.config import DataConfig
 from areal_jax.data.prompts import fitting, prompt_limit
 from areal_jax.data.readers import DataError, Dataset, load_dataset
 from areal_jax.transport.errors import TransportError
+from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.transport.sockets import Server
 
 CANNOT_GO_ON = 70  # exit code: the run is at its end, with a reason; another controller would find the same
@@ -69,8 +70,12 @@ async def serve(core: Core, config: dict[str, Any], workdir: Path) -> str | None
     journal = Journal(workdir)
     if journal.recover(core, time.monotonic()):
         core.telemetry.note("took over from a controller that was killed", time.monotonic())
+
+    def on_silence(silent: Silent) -> None:
+        report_silence(workdir, silent.name, Silence(silent.host, silent.pid, silent.seconds, silent.phase))
+
     async with Server(core.config.address, "controller", workdir) as server:
-        service = Service(core, server, config["name"], journal=journal)
+        service = Service(core, server, config["name"], journal=journal, on_silence=on_silence)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.end, f"the controller got {number.name}")

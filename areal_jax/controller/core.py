@@ -1,4 +1,4 @@
-"""What the controller decides: messages and the time come in, `Send` and `Stop` actions collect in `outbox`.
+"""What the controller decides: messages and the time come in, `Send`, `Stop` and `Silent` actions collect in `outbox`.
 
 No sockets, clock, files or threads, and the same inputs give the same outputs. `service` puts it on the network.
 """
@@ -11,10 +11,10 @@ from areal_jax.controller import diagnosis, snapshot
 from areal_jax.controller.checks import fault
 from areal_jax.controller.fleet import Slot, Worker
 from areal_jax.controller.ledger import FILTERED, Group, LedgerError, consume
-from areal_jax.controller.scheduling import SUSPECT, Scheduler, Send, Stop
+from areal_jax.controller.scheduling import SUSPECT, Scheduler, Send, Silent, Stop
 from areal_jax.transport import messages as m
 
-__all__ = ["Core", "Send", "Stop"]
+__all__ = ["Core", "Send", "Silent", "Stop"]
 
 _SERVICES = ("verifier_unreachable", "verifier_silent")  # what no verifier did: another try may help
 
@@ -32,6 +32,7 @@ class Core(Scheduler):
     def hello(self, hello: m.Hello, now: float) -> None:
         """A role is there, or there again: then it keeps those samples that it says it runs, and loses the others."""
         self.telemetry.hello(hello, now)
+        self.missing.pop(hello.name, None)
         self.send(hello.name, self._welcome())
         if hello.role != "rollout":
             for worker in self.fleet:
@@ -104,11 +105,11 @@ class Core(Scheduler):
         if worker := self.fleet.workers.get(beat.name):
             worker.heard, worker.phase = now, beat.phase
 
-    def goodbye(self, name: str, now: float) -> None:
-        """A role ends in good order: what it ran goes to others."""
+    def goodbye(self, name: str, now: float, *, died: bool = False, reason: str = "") -> None:
+        """A role ends, in good order or not: what it ran goes to others."""
         self.telemetry.gone(name)
         if name in self.fleet.workers:
-            self._lose(name, now, died=False, why="said goodbye")
+            self._lose(name, now, died=died, why=f"said goodbye ({reason})")
             self._schedule(now)
 
     def sample_done(self, done: m.SampleDone, now: float) -> None:
@@ -154,7 +155,10 @@ class Core(Scheduler):
         worker.updating = None
         if loaded.error:
             worker.loads_failed += 1
-            worker.retry_at = now + min(2.0**worker.loads_failed, 30.0)
+            # A version that was overtaken on its way may be gone, since only the newest are kept: those can be loaded.
+            overtaken = self.manifest is not None and self.manifest.version > loaded.version
+            at_once = overtaken and worker.loads_failed == 1
+            worker.retry_at = now if at_once else now + min(2.0**worker.loads_failed, 30.0)
             self.failed["weights_refused"] += 1
             self.telemetry.note(f"{worker.name} could not load version {loaded.version}: {loaded.error}", now)
         else:
@@ -293,6 +297,7 @@ class Core(Scheduler):
             return m.Refused(reason=f"version {version} cannot follow version {self.version}: {why}")
         self.version, self.manifest, self.progress_at = version, manifest, now
         self.telemetry.published(now)
+        self.evaluations.published(manifest)
         self._expire()
         self._schedule(now)
         return m.Published(version=version)
@@ -338,13 +343,28 @@ class Core(Scheduler):
 
     # --- Time ------------------------------------------------------------------------------------------------------
 
+    def overslept(self, seconds: float, now: float) -> None:
+        """This process itself did nothing for so long: nobody is to blame for what was not heard meanwhile."""
+        for party in (*self.telemetry.parties.values(), *self.missing.values()):
+            party.heard = min(now, party.heard + seconds)
+        for worker in self.fleet:
+            worker.heard = min(now, worker.heard + seconds)
+        self.progress_at = min(now, self.progress_at + seconds)
+        self.telemetry.note(f"the controller itself stood still for {seconds:.0f} s", now)
+
     def tick(self, now: float) -> None:
         """Time passes: find the dead, retry what failed, and end a run in which nothing moves."""
         if self.stopped or self.finished:
             return
         for party in self.telemetry.silent(now, self.config.heartbeat_limit):
+            if party.role in ("rollout", "rewards"):
+                self.missing[party.name] = party
             if party.name in self.fleet.workers:
                 self._lose(party.name, now, died=True, claimable=True, why=f"was silent for {now - party.heard:.0f} s")
+        for party in list(self.missing.values()):
+            if (silent := now - party.heard) > 2 * self.config.heartbeat_limit:
+                del self.missing[party.name]
+                self.outbox.append(Silent(party.name, party.host, party.pid, silent, party.phase))
         self._schedule(now)
         if now - self.progress_at > self.config.progress_limit:
             self.stop(

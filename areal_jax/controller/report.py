@@ -154,6 +154,9 @@ class Telemetry:
             "perf/gen_tokens_per_s": (self._tokens() - self._tokens_at_last) / seconds,
         }
         report |= {f"staleness/hist_{lag}": float((lags == lag).sum()) for lag in range(int(lags.max()) + 1)}
+        for worker in core.fleet:  # of each part the slowest worker's, in its last update
+            for part, took in worker.timings.items():
+                report[f"update/{part}"] = max(took, report.get(f"update/{part}", 0.0))
         self._last, self._last_at, self._tokens_at_last = now_counts, now, self._tokens()
         return report
 
@@ -280,7 +283,6 @@ def trajectories(groups: Iterable[Group]) -> Iterator[Trajectory]:
 def count_lags(version: int, groups: Sequence[Group], lags: Counter[int], token_lags: Counter[int]) -> None:
     """Add the lags of batch `version` to the histograms: of groups, and of sampled tokens."""
     lags.update(version - group.oldest for group in groups)
-    for trajectory in trajectories(groups):
-        sampled = trajectory.versions[trajectory.loss_mask]
-        for lag, count in zip(*np.unique(version - sampled, return_counts=True), strict=True):
+    if sampled := [t.versions[t.loss_mask] for t in trajectories(groups)]:
+        for lag, count in zip(*np.unique(version - np.concatenate(sampled), return_counts=True), strict=True):
             token_lags[int(lag)] += int(count)

@@ -12,7 +12,7 @@ from areal_jax.controller.config import ControllerConfig
 from areal_jax.controller.evaluation import Evaluations
 from areal_jax.controller.fleet import Fleet, Worker
 from areal_jax.controller.ledger import QUARANTINED, Group, Ledger
-from areal_jax.controller.report import Telemetry
+from areal_jax.controller.report import Party, Telemetry
 from areal_jax.controller.staleness import admits, capacity, feasible
 from areal_jax.transport import messages as m
 
@@ -28,6 +28,17 @@ class Send:
 @dataclass(frozen=True)
 class Stop:
     reason: str  # the run cannot go on: end with this diagnosis
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A process that was taken for dead has not come back either: whoever started it should kill and replace it."""
+
+    name: str
+    host: str
+    pid: int
+    seconds: float  # since its last word
+    phase: str  # which was this
 
 
 class Scheduler:
@@ -66,7 +77,8 @@ class Scheduler:
         self.counters: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()  # failed attempts by name of the error
         self.quarantined: deque[str] = deque(maxlen=100)  # the last ones, in words
-        self.outbox: list[Send | Stop] = []
+        self.missing: dict[str, Party] = {}  # taken for dead, and not back yet
+        self.outbox: list[Send | Stop | Silent] = []
         self.just_finished: list[Group] = []  # groups for the journal, which empties this
         self.changed = False  # whether a request that had to wait is worth asking again; whoever asks resets it
         self.stopped: str | None = None
@@ -80,7 +92,7 @@ class Scheduler:
     def new_ledger(self) -> Ledger:
         return Ledger(len(self.records), self.seed, self.config.epochs, self.config.shuffle)
 
-    def take_actions(self) -> list[Send | Stop]:
+    def take_actions(self) -> list[Send | Stop | Silent]:
         """What is to be done since the last call, in order."""
         actions, self.outbox = self.outbox, []
         return actions

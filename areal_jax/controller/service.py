@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from areal_jax.controller.core import Core, Send, Stop
+from areal_jax.controller.core import Core, Send, Silent, Stop
 from areal_jax.controller.journal import Journal
 from areal_jax.transport import messages as m
 from areal_jax.transport.sockets import HELLO_FIRST, Peer, Server
@@ -16,13 +16,14 @@ from areal_jax.transport.sockets import HELLO_FIRST, Peer, Server
 LONG_POLL = 1.0  # seconds a request may wait for its answer before `NotReady`
 JOURNAL_EVERY = 1.0  # seconds of work that a killed controller may cost
 LAST_WORDS = 5.0  # seconds after the end in which others still get answers
+FAREWELL = 60.0  # seconds after being told to end in which a trainer may still fetch the state for its last checkpoint
 
 
 class Service:
     """Runs `core` behind `server` until the run is over, has failed, or `end` is called.
 
     With a `journal`, what must survive this process is written before anyone is told. GetBatch and Evaluate are held
-    for a second, and answered at once when there is something.
+    for a second, and answered at once when there is something. `on_silence` is told of processes that hang.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class Service:
         run: str,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
+        on_silence: Callable[[Silent], None] = lambda silent: None,
     ):
+        self._on_silence = on_silence
         self.core, self.server, self._run, self._clock, self._journal = core, server, run, clock, journal
         self._journaled_at, self._dirty = clock(), False
         self._peers: dict[str, Peer] = {}  # where each role is reached
@@ -40,6 +43,7 @@ class Service:
         self._replaced: deque[Peer] = deque(maxlen=256)  # rollout workers whose name another process has taken
         self._waiting: list[tuple[Peer, m.Message, float]] = []
         self._end_at: float | None = None
+        self._stay_until = 0.0  # if there is a trainer
         self._ended = asyncio.Event()
 
     async def run(self) -> str | None:
@@ -54,13 +58,19 @@ class Service:
         finally:
             for task in (*tasks, ended):
                 task.cancel()
+        if self.core.finished and self._journal is not None:
+            self._journal.remove()
         return self.core.stopped
 
     def end(self, reason: str) -> None:
-        """Tell everybody to end, then return from `run` soon."""
+        """Tell everybody to end, then return from `run` soon, but after the trainer.
+
+        Whoever ends a whole run tells all its processes at once, and the trainer may be in the middle of a step.
+        """
         if self._end_at is None:
             self.core.shutdown(reason)
-            self._end_at = self._clock() + 0.5
+            now = self._clock()
+            self._end_at, self._stay_until = now + 0.5, now + FAREWELL
 
     async def _receive(self) -> None:
         async for peer, message in self.server:
@@ -71,11 +81,17 @@ class Service:
 
     async def _tick(self) -> None:
         period = min(0.25, self.core.config.heartbeat_seconds / 2)
+        last = self._clock()
         while True:
             await asyncio.sleep(period)
             now = self._clock()
+            if (late := now - last - period) > self.core.config.heartbeat_limit / 4:  # stopped, or short of everything
+                self.core.overslept(late, now)
+            last = now
             self.core.tick(now)
             await self._act()
+            if now < self._stay_until and self.core.alive("trainer"):
+                continue
             if self._end_at is not None and (now >= self._end_at or not self.core.alive("rollout")):
                 self._ended.set()
 
@@ -117,9 +133,7 @@ class Service:
             case m.Finish():
                 report = core.finish(now) | self._sockets()
                 self._end_at = self._end_at or now + LAST_WORDS
-                if self._journal is not None:
-                    self._journal.remove()
-                    self._journal = None
+                self._write_journal(now)  # which goes last of all: until then another may have to answer this again
                 return m.Status(data=report)
         return m.Refused(reason=f"the controller does not take {type(message).__name__}")
 
@@ -157,7 +171,7 @@ class Service:
             case m.WeightsLoaded():
                 core.weights_loaded(message, now)
             case m.Goodbye():
-                core.goodbye(message.name, now)
+                core.goodbye(message.name, now, died=message.died, reason=message.reason)
                 self._names.pop(self._peers.pop(message.name), None)
 
     def _ask(self, message: m.GetBatch | m.Evaluate, now: float) -> m.Message:
@@ -191,6 +205,8 @@ class Service:
             for action in actions:
                 if isinstance(action, Stop):
                     self._end_at = self._end_at or now + LAST_WORDS
+                elif isinstance(action, Silent):
+                    self._on_silence(action)
                 elif isinstance(action, Send):
                     await self._send(action, now)
 
@@ -202,7 +218,7 @@ class Service:
 
     def _spool(self) -> None:
         finished, self.core.just_finished = self.core.just_finished, []
-        if self._journal is not None and not self.core.finished:  # once it is, the journal is removed
+        if self._journal is not None:
             for group in finished:
                 self._journal.spool(group)
 

@@ -73,7 +73,7 @@ class CoreState(msgspec.Struct, frozen=True):
 
 encode = msgspec.msgpack.Encoder(enc_hook=encode_hook).encode
 decode_finished = msgspec.msgpack.Decoder(FinishedState, dec_hook=decode_hook).decode
-_decode = msgspec.msgpack.Decoder(CoreState, dec_hook=decode_hook).decode
+decode = msgspec.msgpack.Decoder(CoreState, dec_hook=decode_hook).decode  # of what `save` gave
 
 
 def save(core: Core, version: int) -> bytes:
@@ -149,7 +149,7 @@ def restore(core: Core, version: int, data: bytes) -> None:
     kept. Everything that runs is cancelled; workers get their weights anew when `version` is published.
     """
     try:
-        state = _decode(data)
+        state = decode(data)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise StateError(f"the controller's state does not decode: {error}") from None
     if (state.format, state.version) != (FORMAT, version):

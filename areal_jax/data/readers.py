@@ -33,12 +33,15 @@ class Dataset(Sequence):
         self.name = name
         self.skipped = list(skipped)
         self._records = records
+        self._last: tuple[int, Record] | None = None  # a group's samples ask for the same one in a row; it may be made
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        return self._records[index]
+        if self._last is None or self._last[0] != index:
+            self._last = index, self._records[index]
+        return self._last[1]
 
 
 def load_dataset(spec: str, config: DataConfig | None = None) -> Dataset:

@@ -5,8 +5,8 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    restarts: int = 3  # times in a row that a rollout worker, reward service or the controller is started again
-    trainer_restarts: int = 1  # the same for the trainer, which goes on from its last checkpoint
+    restarts: int = 6  # times in a row that a rollout worker, reward service or the controller is started again
+    trainer_restarts: int = 1  # the same for the trainer: it goes on from its last checkpoint, or begins again
     stop_grace: float = 60.0  # seconds that roles get to save and end before they are killed
     rollout_gpus: int = 0  # GPUs per rollout worker, the trainer gets the others; 0: all processes see all
     rollout_nice: int = 0  # niceness of rollout workers: above 0, the trainer comes first where cores are short

@@ -2,8 +2,9 @@
 
 The supervisor starts it with a pipe on its standard input and writes one line per process group: "+123" when one is
 started, "-123" when it has ended. The end of the pipe means that the supervisor is dead. Then the groups that are left
-are told to end (so that the trainer saves a checkpoint), and killed after the grace period. Last of all, weights that a
-killed trainer left in shared memory are removed. Until then it imports next to nothing.
+are told to end (so that the trainer saves a checkpoint), and killed after the grace period. Last of all, it removes
+weights that killed processes left on disk or pulled from another host, and the addresses of servers that are gone.
+Until then it imports next to nothing.
 """
 
 import contextlib
@@ -50,6 +51,8 @@ if __name__ == "__main__":
         signal.signal(ignored, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError):
         watch(sys.stdin, float(sys.argv[1]))
+    from areal_jax.transport.endpoints import forget_endpoints
     from areal_jax.weights import cleanup
 
     cleanup(sys.argv[2])
+    forget_endpoints(sys.argv[2])

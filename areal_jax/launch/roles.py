@@ -14,6 +14,10 @@ from areal_jax.launch.supervisor import Role
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
+# On CPUs, XLA takes and returns large buffers in every step. glibc would give them back to the kernel each time, and a
+# third of a training step would go to page faults; with these it keeps them.
+_KEEP_BUFFERS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+
 
 def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[list[Role], list[str]]:
     """(every role of the run, the names of the leaders: when they have ended, the run has).
@@ -23,6 +27,7 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
     launch, workdir = config["launch"], os.path.abspath(workdir)
     base = _base_env(config)
     gpus = GpuShares(launch["rollout_gpus"], config["rollout"]["workers"], config["trainer"]["processes"])
+    keep = {} if visible_gpus() else _KEEP_BUFFERS
 
     def role(kind: str, name: str, arguments: list[str], extra: Mapping[str, Any], **options) -> Role:
         python = (config["rollout"]["python"] or sys.executable) if kind == "rollout" else sys.executable
@@ -40,22 +45,15 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
     for i in range(config["trainer"]["processes"]):
         name = f"trainer-{i}"
         leaders.append(name)
-        extra = gpus.trainer(i) | launch["trainer_env"]
+        extra = keep | gpus.trainer(i) | launch["trainer_env"]
         # Several JAX processes are one program: when one dies the others cannot go on, so none is restarted alone.
         again = launch["trainer_restarts"] if config["trainer"]["processes"] == 1 else 0
-        options = {"restarts": again, "may_restart": lambda: has_checkpoint(workdir)}
-        roles.append(role("trainer", name, ["--process", str(i)], extra, **options))
+        roles.append(role("trainer", name, ["--process", str(i)], extra, restarts=again))
     for i in range(config["rollout"]["workers"]):
-        extra = gpus.rollout(i) | launch["rollout_env"]
+        extra = (keep if config["rollout"]["engine"] == "jax" else {}) | gpus.rollout(i) | launch["rollout_env"]
         options = {"restarts": restarts, "nice": launch["rollout_nice"], "peers": "rollout"}
         roles.append(role("rollout", f"rollout-{i}", ["--index", str(i)], extra, **options))
     return roles, leaders
-
-
-def has_checkpoint(workdir: str | os.PathLike) -> bool:
-    """Whether a trainer that is started again has something to go on from."""
-    folder = Path(workdir) / "checkpoints"
-    return folder.is_dir() and any(entry.is_dir() and entry.name.isdigit() for entry in folder.iterdir())
 
 
 class GpuShares:

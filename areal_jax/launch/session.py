@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,17 +19,20 @@ from areal_jax.launch import summary
 from areal_jax.launch.roles import roles_of
 from areal_jax.launch.supervisor import Outcome, Supervisor, diagnosis, log_tail
 from areal_jax.launch.view import make_view
-from areal_jax.transport.endpoints import make_keys
+from areal_jax.transport.endpoints import forget_endpoints, make_keys
 
-# What may differ between the first start of a run and the next: how it is shown and supervised, where it listens, and
-# how long it goes on. Everything else would make it another run.
+# What may differ between the first start of a run and the next: how it is shown and supervised, where it listens, how
+# long it goes on, and on which and how many devices. Everything else would make it another run.
 _MAY_CHANGE = ("metrics", "launch", "name")
 _KEYS_MAY_CHANGE = {
-    "trainer": {"steps", "checkpoint_every", "keep_checkpoints", "batch_timeout", "eval_every", "processes"},
+    "trainer": {
+        "steps", "checkpoint_every", "keep_checkpoints", "batch_timeout", "eval_every", "processes",
+        "data_parallel", "fsdp", "tensor", "expert", "rows", "remat",
+    },
     "rollout": {"workers", "python", "weights_timeout", "slots", "steps_per_dispatch"},
     "rewards": {"services", "processes", "address", "timeout"},
     "controller": {"address", "heartbeat_limit", "heartbeat_seconds", "progress_limit", "max_attempts"},
-}
+}  # fmt: skip
 
 
 def prepare(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
@@ -58,7 +62,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
     workdir = Path(workdir)
     try:
         with _lock(workdir):
-            _clear_endpoints(workdir)
+            _forget_processes(workdir)
             roles, leaders = roles_of(config, workdir)
             started = time.time()
             view = make_view(config, workdir)
@@ -66,7 +70,9 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
             supervisor = Supervisor(roles, leaders, workdir, grace=grace, tell=view.tell)
             with view:
                 outcome = supervisor.run(view.tick)
-            _clear_endpoints(workdir)
+            _forget_processes(workdir)
+            if outcome.status == "finished":  # and no controller will take over, whatever became of the last one
+                shutil.rmtree(workdir / "controller", ignore_errors=True)
             return report(outcome, workdir, started, supervisor.restarts)
     except ConfigError as error:
         print(f"areal_jax: error: {error}", file=sys.stderr)
@@ -130,7 +136,7 @@ def _lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _clear_endpoints(workdir: Path) -> None:
-    """No one listens any more: a later start must not find this one's addresses."""
-    for name in (workdir / "endpoints").glob("*") if (workdir / "endpoints").is_dir() else ():
-        name.unlink(missing_ok=True)
+def _forget_processes(workdir: Path) -> None:
+    """A later start must not find the addresses of this one, nor who was silent in it."""
+    forget_endpoints(workdir)
+    shutil.rmtree(workdir / "silent", ignore_errors=True)

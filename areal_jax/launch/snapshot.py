@@ -11,6 +11,8 @@ from areal_jax.metrics.clock import idle_fraction
 
 BARS = "▁▂▃▄▅▆▇█"
 SILENT_SECONDS = 5.0
+# Kind of token -> the metric that compares the log-probs that engine and trainer give it.
+MISMATCH = {"lag 0": "mismatch/logprob_abs_diff_mean", "lag > 0": "mismatch_stale/logprob_abs_diff_mean"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Snapshot:
     max_staleness: float | None = None
     bound: int = 0
     dropped: float = 0
+    mismatch: Mapping[str, float] = dataclasses.field(default_factory=dict)  # mean |Δ log-prob| by kind of token
+    warning: str = ""  # the trainer's, about the last step
     queue: float | None = None
     running: float | None = None
     waiting_for: str = ""
@@ -65,6 +69,8 @@ def snapshot(rows: Sequence[Mapping[str, Any]], status: Mapping[str, Any], confi
         max_staleness=max((v for row in rows if (v := first(row, "staleness/max")) is not None), default=None),
         bound=config["controller"]["max_staleness"],
         dropped=first(last, "staleness/dropped_total", "staleness/dropped") or 0,
+        mismatch={kind: value for kind, name in MISMATCH.items() if (value := first(last, name)) is not None},
+        warning=str(last.get("warning") or ""),
         queue=number(status.get("queue_depth")),
         running=number(status.get("running_groups")),
         waiting_for=str(status.get("waiting_for") or ""),

@@ -18,6 +18,7 @@ _LINES = (
     ("generated_tokens_per_second", "tokens generated per second", "{:,.0f}"),
     ("trainer_idle_fraction", "trainer idle", "{:.1%}"),
     ("rollout_idle_fraction", "rollout idle", "{:.1%}"),
+    ("worst_mismatch", "engine ↔ trainer, worst step's mean |Δ log-prob| at lag 0", "{:.1e}"),
     ("recompiles_after_warmup", "recompilations after warm-up", "{:.0f}"),
 )
 

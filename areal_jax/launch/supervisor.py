@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from areal_jax.launch import child
 from areal_jax.launch.guardian import end_groups, send
+from areal_jax.transport.silence import take_silence
 
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
 FINAL = (2, 70)  # exit codes of a role: a setting is wrong, the run cannot go on; starting it again changes nothing
@@ -34,7 +36,6 @@ class Role:
     env: dict[str, str]  # the whole environment
     restarts: int = 0  # times that it may die in a row
     nice: int = 0
-    may_restart: Callable[[], bool] = lambda: True  # asked after a death
     peers: str = ""  # roles with the same word stand in for one another: one of them may be given up
 
 
@@ -118,8 +119,13 @@ class Supervisor:
         """Notice what ended since the last look, start it again where that is allowed; the outcome when it is over."""
         if self._signals:
             return Outcome("stopped", "told to stop")
+        if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
+            return Outcome("finished")
         for process in self._processes.values():
-            if process.given_up or process.popen is None or (code := process.popen.poll()) is None:
+            if process.given_up or process.popen is None:
+                continue
+            if (code := process.popen.poll()) is None:
+                self._end_if_silent(process)
                 continue
             if code == 0 and (process.role.name in self._leaders or self._may_leave(process)):
                 continue
@@ -128,9 +134,18 @@ class Supervisor:
             failure = self._after_death(process, code)
             if failure is not None:
                 return failure
-        if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
-            return Outcome("finished")
         return None
+
+    def _end_if_silent(self, process: _Process) -> None:
+        """A worker that hangs does not end by itself; once it is killed, it is replaced as any that died."""
+        if not process.role.peers or (silence := take_silence(self._workdir, process.role.name)) is None:
+            return
+        if (silence.host, silence.pid) == (socket.gethostname(), process.popen.pid):
+            self._tell(
+                f"{process.role.name} is killed: the controller has heard nothing from it for {silence.seconds:.0f} s "
+                f"(it was {silence.phase})"
+            )
+            self._sweep(process)
 
     def _may_leave(self, process: _Process) -> bool:
         """At the end of a run, the others are told to go and may be gone shortly before the trainer."""
@@ -145,7 +160,7 @@ class Supervisor:
             process.deaths = 0
         process.deaths += 1
         how = describe_exit(code)
-        if process.deaths <= role.restarts and code not in FINAL and role.may_restart():
+        if process.deaths <= role.restarts and code not in FINAL:
             self._tell(f"{role.name} {how}; starting it again ({process.deaths} of {role.restarts})")
             self.restarts += 1
             self._spawn(process)

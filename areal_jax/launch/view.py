@@ -73,6 +73,8 @@ class LineView(NoView):
                     text = f"held-out accuracy {row['eval/accuracy']:.1%} with version {row['step']}"
                 else:
                     text = step_line(snapshot(rows[:count], self._status.data, self._config))
+                    if row.get("warning"):
+                        text += f"\n          warning: {row['warning']}"
                 print(f"{now - self._started:6.0f} s  {text}", flush=True)
                 self._shown.add(kind)
                 self._spoken = now
@@ -183,6 +185,12 @@ def screen(state: Snapshot, title: str, seconds: float, events: list[str]):
     total = sum(state.staleness)
     for lag, count in enumerate(state.staleness):
         facts.add_row("", f"{lag:>2}  {bar(count / total if total else 0, 30)} {count / total if total else 0:6.1%}")
+
+    if state.mismatch:
+        found = ", ".join(f"{value:.1e} at {kind}" for kind, value in state.mismatch.items())
+        facts.add_row("engine ↔ trainer", f"mean |Δ log-prob| {found}")
+    if state.warning:
+        facts.add_row("", Text(state.warning, "yellow"))
 
     people = Table.grid(padding=(0, 2))
     for member in state.members:

@@ -7,6 +7,7 @@ import math
 import numbers
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 
@@ -22,6 +23,8 @@ class MetricsWriter:
     ):
         os.makedirs(workdir, exist_ok=True)
         self._file = open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
+        if _cut_off(self._file.name):  # by a kill, or a full disk
+            self._file.write("\n")
         self._tensorboard = self._wandb = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -61,18 +64,24 @@ class MetricsWriter:
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of `workdir/metrics.jsonl` by step, one dict each: a step may have several (training, evaluation).
 
-    Of a number that was written again after a resume, the newest counts. An unfinished last line (the writer is at
-    work, or was killed) is left out; a missing file is an empty run.
+    Of a number that was written again after a resume, the newest counts. An unfinished line (the writer is at work, or
+    was killed) is left out; a missing file is an empty run.
     """
     path, rows = os.path.join(workdir, "metrics.jsonl"), {}
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as lines:
         for line in lines:
-            if line.endswith("\n"):
+            with suppress(json.JSONDecodeError):
                 row = json.loads(line)
                 rows[row["step"]] = rows.get(row["step"], {}) | row
     return [rows[step] for step in sorted(rows)]
+
+
+def _cut_off(path: str) -> bool:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        return size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
 
 
 def plain(value: Any) -> Any:

@@ -11,13 +11,22 @@ import jax.numpy as jnp
 
 from areal_jax.models import attention_cudnn
 from areal_jax.models.config import ModelError
+from areal_jax.models.sharding import ANYWHERE, Place
 
 MASKED = -1e30  # finite, so that a row without any key gives numbers and not NaN
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
 def attention(
-    q, k, v, segment_ids, *, window: int | None = None, implementation: str = "xla", max_segments: int = 64
+    q,
+    k,
+    v,
+    segment_ids,
+    *,
+    window: int | None = None,
+    implementation: str = "xla",
+    max_segments: int = 64,
+    place: Place = ANYWHERE,
 ) -> jax.Array:
     """Causal attention inside each segment of packed rows.
 
@@ -27,7 +36,9 @@ def attention(
         finite but meaningless.
       window: a token sees itself and the `window - 1` tokens before it; None sees the whole segment.
       implementation: `xla` or `cudnn`.
-      max_segments: for cudnn, the most segments a row may hold; a row with more gives NaN.
+      max_segments: for cudnn, the most segments a row may hold; a row with more gives NaN. Its softmax statistics take
+        4 · B · max_segments · N · T bytes, so no more than rows can hold.
+      place: for cudnn, the mesh that rows are split over.
 
     Returns:
       `[B, T, N, H]` in q's dtype. Scale is 1/sqrt(H); the softmax is float32.
@@ -39,7 +50,7 @@ def attention(
         return _xla(q, k, v, segment_ids, window)
     if implementation == "cudnn":
         attention_cudnn.require(q.dtype, heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3])
-        return attention_cudnn.attention(q, k, v, segment_ids, window=window, max_segments=max_segments)
+        return attention_cudnn.attention(q, k, v, segment_ids, window=window, max_segments=max_segments, place=place)
     raise ModelError(f"attention implementation {implementation!r} is unknown; known: xla, cudnn")
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from areal_jax.models.config import ModelError
+from areal_jax.models.sharding import Place
 
 FIRST_RIGHT_JAX = (0, 11, 1)  # before, the key offsets of grouped-query attention were scaled by the query heads
 FORWARD_PRIMITIVE = "dot_product_attention_fwd"  # whose outputs a remat policy saves, so that it runs once
@@ -62,7 +63,7 @@ def segment_table(segment_ids: jax.Array, max_segments: int) -> tuple[jax.Array,
     return lengths, jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), fits
 
 
-def attention(q, k, v, segment_ids, *, window: int | None, max_segments: int) -> jax.Array:
+def attention(q, k, v, segment_ids, *, window: int | None, max_segments: int, place: Place) -> jax.Array:
     """Causal attention inside each segment; arguments and result as in `attention.attention`.
 
     The kernel neither reads nor writes padding, so what it leaves there, forward and backward, is replaced by zero.
@@ -71,6 +72,8 @@ def attention(q, k, v, segment_ids, *, window: int | None, max_segments: int) ->
 
     max_segments = max(2, max_segments)  # the private call takes offsets into account from two segments on
     lengths, starts, fits = segment_table(segment_ids, max_segments)
+    # On a mesh each device calls the kernel for its own rows, and must be given the tables of those rows alone.
+    lengths, starts = place(lengths, "batch", None), place(starts, "batch", None)
     real = (segment_ids != 0)[:, :, None, None]
     q, k, v = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (q, k, v))
     out = cudnn.dot_product_attention(

@@ -1,15 +1,18 @@
 """Parameters from and to Hugging Face tensors: checkpoint folders, and streams of named arrays for the weight push.
 
-Everything walks the family's weight table (`tables.py`), one of our parameters at a time, so that at most one parameter
-(all layers of it) is in host memory beside what lives on the devices.
+Everything walks the family's weight table (`tables.py`), one of our parameters at a time, so that little is in host
+memory beside what lives on the devices: some layers of one parameter when loading, all of them when exporting.
 """
 
 import glob
 import json
+import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,8 @@ from areal_jax.models import lora as lora_lib
 from areal_jax.models.config import ModelConfig, ModelError
 from areal_jax.models.model import Model, Params, add_lora
 from areal_jax.models.tables import flatten, rows, unflatten
+
+STAGED_BYTES = 2**30  # of a parameter in host memory at a time, while it is loaded
 
 # Copied on export when the source has them: everything about the tokenizer and about generation, nothing about weights.
 COPIED = (
@@ -41,24 +46,32 @@ def hf_tensor_specs(model: Model, dtype=jnp.bfloat16) -> list[tuple[str, tuple[i
     ]
 
 
-def to_hf(model: Model, params: Params, dtype=jnp.bfloat16) -> Iterator[tuple[str, np.ndarray]]:
+def to_hf(
+    model: Model, params: Params, dtype=jnp.bfloat16, *, timings: dict[str, float] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters as checkpoint tensors, one at a time, in the order of `hf_tensor_specs`.
 
     Each parameter is cast on its device and fetched once, all layers together; the tensors are views of it. Adapters
-    are merged. With several processes all must iterate: sharded parameters are gathered.
+    are merged. With several processes all must iterate: sharded parameters are gathered. `timings["gather"]`, where
+    given, grows by the seconds that this takes: bringing the shards together and to the host.
     """
     dtype = jnp.dtype(dtype)
     flat = flatten(lora_lib.merge(model, params))
+    timings = {} if timings is None else timings
     for row in rows(model.config, flat):
-        value = _fetch(flat[row.path], dtype)
+        value = flat[row.path]
+        if value.dtype != dtype:
+            value = jax.block_until_ready(value.astype(dtype))
+        start = time.perf_counter()
+        value = _fetch(value)
+        timings["gather"] = timings.get("gather", 0.0) + time.perf_counter() - start
         shape = row.hf_shape(value.shape)
         for name, index in row.names(value.shape):
             yield name, value[index].reshape(shape)
 
 
-def _fetch(x: jax.Array, dtype: np.dtype) -> np.ndarray:
-    if x.dtype != dtype:
-        x = x.astype(dtype)
+def _fetch(x: jax.Array) -> np.ndarray:
+    """The whole of `x` on this host."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         from jax.experimental import multihost_utils
 
@@ -108,16 +121,11 @@ def from_hf(
         host[path][index] = np.asarray(tensor).reshape(host[path][index].shape)
         left[path] -= 1
         if not left[path]:
-            done[path] = _put(host.pop(path), places.get(path))
+            value = host.pop(path)
+            done[path] = _place(value.__getitem__, value.shape, places.get(path))
     if missing := [name for name in where if name not in seen]:
         raise ModelError(f"tensors missing: {_list(missing)}")
     return add_lora(model, unflatten({path: done[path] for path in abstract}))
-
-
-def _put(value: np.ndarray, place) -> jax.Array:
-    if place is None:
-        return jnp.asarray(value)
-    return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
 
 
 def _targets(model: Model):
@@ -200,12 +208,49 @@ def load_hf(path: str | os.PathLike, mesh=None, param_dtype=jnp.float32, rules=N
         spec = abstract[row.path]
         for name, _ in row.names(spec.shape):
             _check_shape(name, files.slice(name).get_shape(), row.hf_shape(spec.shape))
-        read = _reader(files, row, spec)
-        if row.path in places:
-            flat[row.path] = jax.make_array_from_callback(spec.shape, places[row.path], read)
-        else:
-            flat[row.path] = jnp.asarray(read((slice(None),) * len(spec.shape)))
+        flat[row.path] = _stream(_reader(files, row, spec), spec, places.get(row.path), stacked=row.counted > 0)
     return model, add_lora(model, unflatten({path: flat[path] for path in abstract}))
+
+
+def _stream(read, spec, place, stacked: bool) -> jax.Array:
+    """The parameter that `read` gives, on its shards; a large one is built where it will live, some layers at a time.
+
+    So host memory beside the model stays near `STAGED_BYTES` (or one layer, or an embedding, where that is larger).
+    """
+    layers = max(1, STAGED_BYTES // (math.prod(spec.shape[1:]) * spec.dtype.itemsize)) if stacked else spec.shape[0]
+    if layers >= spec.shape[0]:
+        return _place(read, spec.shape, place)
+
+    def at(start: int, index: tuple[slice, ...]) -> np.ndarray:
+        here, *rest = index  # of one device: all of these layers, unless the rules split that axis
+        first, stop, _ = here.indices(min(layers, spec.shape[0] - start))
+        return read((slice(start + first, start + stop), *rest))
+
+    array = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=place)()
+    put = jax.jit(_put_layers, donate_argnums=0, out_shardings=place)
+    for start in range(0, spec.shape[0], layers):
+        shape = (min(layers, spec.shape[0] - start), *spec.shape[1:])
+        array = put(array, _place(partial(at, start), shape, place), np.int32(start))
+        jax.block_until_ready(array)  # else all the parts would wait in host memory for their turn
+    return array
+
+
+def _put_layers(array: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=0)
+
+
+def _place(read, shape: tuple[int, ...], place) -> jax.Array:
+    if place is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    parts: dict[tuple, np.ndarray] = {}
+
+    def once(index: tuple[slice, ...]) -> np.ndarray:  # devices that hold the same part share one array
+        key = tuple(i.indices(n) for i, n in zip(index, shape, strict=True))
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, place, once)
 
 
 def _reader(files: _Files, row, spec):

@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from areal_jax.models.sharding import ANYWHERE, Place
+
 LOGITS_PER_CHUNK = 2**27  # 512 MiB of float32 logits alive per device
 
 
@@ -21,12 +23,8 @@ def head_logits(hidden: jax.Array, head_VxD: jax.Array) -> jax.Array:
     )
 
 
-def _anywhere(x: jax.Array, *axes: str | None) -> jax.Array:
-    return x
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def chunked_logprobs(hidden_RxMxD, head_VxD, targets_RxM, temperature, chunk: int, place=_anywhere):
+def chunked_logprobs(hidden_RxMxD, head_VxD, targets_RxM, temperature, chunk: int, place: Place = ANYWHERE):
     """Log-prob and entropy of `targets` under softmax(hidden · headᵀ / temperature), in chunks of M.
 
     Args:
@@ -35,7 +33,7 @@ def chunked_logprobs(hidden_RxMxD, head_VxD, targets_RxM, temperature, chunk: in
       targets_RxM: int32 token ids.
       temperature: float32 scalar; not differentiated.
       chunk: tokens of each row per chunk.
-      place: `place(x, *logical_axes)` constrains x's sharding; hashable. The head is gathered once, before the loop,
+      place: where arrays live, by their logical axes. The head is gathered once, before the loop,
         and its gradient is summed over R once, after it.
 
     Returns:

@@ -22,7 +22,7 @@ from areal_jax.models.transformer import Decoder, Lora
 
 Params = dict[str, Any]
 
-# What the backward pass keeps of a layer besides its input; the rest is computed again.
+# What the backward pass keeps of a layer besides its input; the rest is computed again. "none" computes nothing again.
 REMAT = {
     "none": (),
     "full": (),
@@ -124,7 +124,7 @@ class Model:
             q, k, v = (place(x, *_HEADS, like=k) for x in (q, k, v))
             out = attention_lib.attention(
                 q, k, v, segment_ids,
-                window=c.sliding_window, implementation=implementation, max_segments=self.max_segments,
+                window=c.sliding_window, implementation=implementation, max_segments=self.max_segments, place=place,
             )  # fmt: skip
             return place(out, *_HEADS, like=k), state
 

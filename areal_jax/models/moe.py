@@ -1,10 +1,11 @@
 """Mixture of experts: each token gets the weighted sum of its best experts. No capacity, nothing is dropped.
 
 The router is one function; the experts' products are another, with two implementations. `dense` runs every expert on
-every
-token and gives the unchosen ones weight zero: exact on any device, E / top_k times the arithmetic, the oracle.
+every token and gives the unchosen ones weight zero: exact on any device, E / top_k times the arithmetic, the oracle.
 `grouped` sorts tokens by expert and multiplies groups (`jax.lax.ragged_dot`): the arithmetic of the chosen experts
 alone.
+
+Shapes: M tokens, k experts per token, E experts, D model width, F width of an expert.
 """
 
 import jax
@@ -39,7 +40,6 @@ def dense(x_MxD, indices_Mxk, weights_Mxk, gate_ExFxD, up_ExFxD, down_ExDxF) -> 
 
 def grouped(place: Place):
     """The same result from the chosen experts alone; on a mesh, experts and their width are split, tokens stay put.
-    split.
 
     Each device runs its own experts on the tokens of its part of the batch; the parts of a token's sum meet in one
     reduction.

@@ -98,3 +98,6 @@ class Place:
             return 1
         names = partition_spec(self.mesh, ("batch",), (rows,), self.rules)[0] or ()
         return math.prod(self.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+
+
+ANYWHERE = Place(None)  # leaves every array where it is

@@ -65,8 +65,7 @@ _EXPERTS = (
 )
 _DENSE = (_EMBEDDING, *_NORMS, *_ATTENTION, *_MLP, *_FINAL)
 
-# Rows for parameters that a config does not have (biases, an untied head) are skipped; every parameter it has must be
-# in.
+# Rows for parameters that a config lacks (biases, an untied head) are skipped; every parameter it has must be in a row.
 TABLES: dict[str, tuple[Row, ...]] = {
     "qwen2": _DENSE,
     "llama": _DENSE,

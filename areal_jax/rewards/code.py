@@ -149,8 +149,12 @@ def _grade_pairs(
     return Grade(passed, len(given.cases), reason)
 
 
+def _not_plain(value: Any) -> Any:
+    raise VerifierError(f"a test passes a {type(value).__name__}; only plain values can be sent to a program")
+
+
 def _grade_calls(program: str, given: Calls, limits: Limits, kind: str) -> Grade:
-    arguments = [case[0] for case in given.cases]
+    arguments = [exchange.encode(list(case[0]), _not_plain) for case in given.cases]
     spec = {"role": "calls", "program": program, "entry_point": given.entry_point, "calls": arguments}
     (result,) = sandbox.run_children([Child(spec, limits, kind)])
     passed, reason = 0, ""

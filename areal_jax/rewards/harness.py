@@ -33,7 +33,8 @@ def calls(spec: dict) -> None:
     """Calls one function of the program with each of `spec["calls"]`, and writes a frame for each result."""
     module = run_module(spec["program"], "candidate", "program.py")
     name = spec["entry_point"]
-    for arguments in spec["calls"]:
+    for encoded in spec["calls"]:
+        arguments = decode(encoded, lambda *_: None)
         owner = module if hasattr(module, name) or not hasattr(module, "Solution") else module.Solution()
         try:
             frame = {"ok": encode(getattr(owner, name)(*arguments), lambda value: ["o", 0, type(value).__name__])}

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from areal_jax.rewards.outcome import FAILURE_KINDS, Failure, Outcome, Score, VerifierError
-from areal_jax.rewards.process import WorkerProcess
+from areal_jax.rewards.process import WorkerProcess, sweep_folders
 
 
 class VerifierPool:
@@ -59,6 +59,7 @@ class VerifierPool:
 
     async def start(self) -> None:
         """Starts all workers now, so that the first calls do not wait. Raises `VerifierError` if one does not start."""
+        sweep_folders()
         loop = asyncio.get_running_loop()
         starts = [loop.run_in_executor(self._threads, self._new_worker) for _ in range(self.processes)]
         for worker in await asyncio.gather(*starts):

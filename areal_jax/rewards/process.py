@@ -4,6 +4,7 @@ Blocking, one call at a time; `pool.VerifierPool` runs many of these in threads.
 """
 
 import contextlib
+import fcntl
 import os
 import select
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,6 +25,7 @@ from areal_jax.rewards.worker import INSIDE_WORKER, LENGTH, Call, Reply
 
 # Linux kills a worker when the *thread* that started it ends; so all workers are started by one thread that never does.
 _starter = ThreadPoolExecutor(1, thread_name_prefix="verifier-starter")
+_PREFIX = "verifier-"  # of temporary folders
 _encode = msgspec.msgpack.Encoder(enc_hook=lambda value: value.tolist()).encode  # numpy arrays and scalars
 _decode = msgspec.msgpack.Decoder(Reply).decode
 
@@ -33,6 +36,31 @@ class WorkerDied(VerifierError):
 
 class WorkerOverran(VerifierError):
     """The worker did not answer in time."""
+
+
+def make_folder() -> tuple[str, int]:
+    """A temporary folder for one verifier process, and the descriptor that holds it against `sweep_folders`."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=_PREFIX)
+        with contextlib.suppress(FileNotFoundError):  # swept before it was locked
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.path.exists(folder):
+                return folder, descriptor
+            os.close(descriptor)
+
+
+def sweep_folders() -> None:
+    """Removes the folders of verifier processes whose service was killed: nobody holds them any more."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(descriptor).st_uid == os.getuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove_folder(str(path))
+            finally:
+                os.close(descriptor)
 
 
 def remove_folder(path: str) -> None:
@@ -62,7 +90,7 @@ class WorkerProcess:
     def __init__(self, *, memory_bytes: int = 0, start_timeout: float = 60.0):
         self.start_timeout = start_timeout
         self.calls = 0
-        self._folder = tempfile.mkdtemp(prefix="verifier-")  # it may be killed before it cleans up
+        self._folder, self._lock = make_folder()  # it may be killed before it cleans up
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `kill`)
         command = [sys.executable, "-c", "from areal_jax.rewards.worker import main; main()", str(memory_bytes)]
         self._process = _starter.submit(
@@ -125,6 +153,7 @@ class WorkerProcess:
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             stream.close()
         remove_folder(self._folder)
+        os.close(self._lock)
 
     def _send(self, data: bytes, deadline: float) -> None:
         view, fd = memoryview(data), self._process.stdin.fileno()

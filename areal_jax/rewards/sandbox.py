@@ -9,7 +9,7 @@ written down in docs/sandbox.md. This file starts and watches the children; `con
 import contextlib
 import dataclasses
 import functools
-import marshal  # noqa: TID251  (our own compiled code goes down to the child; nothing is read back with it)
+import json
 import os
 import selectors
 import shutil
@@ -28,12 +28,12 @@ from areal_jax.rewards.process import remove_folder
 
 ISOLATIONS = ("bwrap", "landlock", "limits")
 _BOOT = """
-import marshal, os, sys, types
+import json, os, sys, types
 with os.fdopen(int(sys.argv[1]), "rb") as f:
-    modules, spec = marshal.load(f)
-for name, code in modules:
+    modules, spec = json.load(f)
+for name, source in modules:
     module = sys.modules[name] = types.ModuleType(name)
-    exec(code, module.__dict__)
+    exec(compile(source, name + ".py", "exec"), module.__dict__)
 confine, main = sys.modules["areal_jax.rewards.confine"].confine, module.main
 try:
     confine(spec)
@@ -79,7 +79,7 @@ class RunResult:
 
 
 class Child:
-    """One confined process with its pipes; `spec` is what the `main` of its role reads. `pass_fds` are closed here."""
+    """One confined process with its pipes; `spec` is what its role's `main` reads. `pass_fds` are closed here."""
 
     def __init__(
         self,
@@ -102,8 +102,8 @@ class Child:
         readable, packages = readable_paths(), package_paths()
         settings = dataclasses.asdict(limits) | {"isolation": isolation, "packages": packages, "ready_fd": ready_write}
         settings |= {"readable": [*readable, *packages], "writable": [self.scratch], "devices": ["/dev/null"]}
-        modules = [(f"areal_jax.rewards.{name}", _code(name)) for name in _MODULES[spec["role"]]]
-        payload = marshal.dumps((modules, {"write_fd": frames_write} | settings | spec))
+        modules = [(f"areal_jax.rewards.{name}", _source(name)) for name in _MODULES[spec["role"]]]
+        payload = json.dumps((modules, {"write_fd": frames_write} | settings | spec)).encode()
         command = [sys._base_executable, "-S", "-s", "-P", "-c", _BOOT, str(init_read)]
         home = self.scratch or "/tmp"
         environment = {
@@ -278,10 +278,9 @@ def _name(code: int, stderr: str) -> str:
 
 
 @functools.cache
-def _code(name: str) -> Any:
-    """The code of one of this package's modules, compiled once, to be sent into a child."""
-    source = Path(__file__).with_name(f"{name}.py")
-    return compile(source.read_text(encoding="utf-8"), source.name, "exec", optimize=0)
+def _source(name: str) -> str:
+    """The text of one of this package's modules, to be sent into a child."""
+    return Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
 
 
 @functools.cache

@@ -111,6 +111,7 @@ class VllmEngine:
             self._death = asyncio.get_running_loop().create_future()
             self._llm = await asyncio.to_thread(_create, self._args)
             self._watch = asyncio.create_task(self._watch_engine())
+            await self._unless_dead(self._llm.collective_rpc("areal_jax_drop_names"))
         await self._unless_dead(self._load(manifest))
         warm_up = Sampling(max_new_tokens=min(2, self.max_length - 1))
         await self.generate(Request(tokens=np.zeros(1, np.int32), sampling=warm_up, key=(0, 0, 0)))
@@ -342,6 +343,10 @@ def _create(args: dict[str, Any]) -> AsyncLLM:
         raise ValueError(f"vLLM has no engine argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     if current_platform.is_cpu():
         args = {"enforce_eager": True, **args}
+        # One core is left to the other processes of the run; and threads that spin at barriers starve each other there.
+        threads = (len(os.sched_getaffinity(0)) - 1) // args.get("tensor_parallel_size", 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     engine_args = AsyncEngineArgs(**args, weight_transfer_config=WeightTransferConfig(backend=vllm_weights.BACKEND))
     config = engine_args.create_engine_config()
     if current_platform.is_cpu():
@@ -350,6 +355,10 @@ def _create(args: dict[str, Any]) -> AsyncLLM:
         head, possible = config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
         if head not in possible:
             raise ValueError(f"vLLM's CPU build has no attention for heads of {head}, only of {possible}")
+        if config.parallel_config.world_size == 1 and engine_args.distributed_executor_backend is None:
+            # As on a GPU: one process for scheduler and model. In two, as is vLLM's rule for CPUs, one of them spins
+            # while it waits for the other.
+            config.parallel_config.distributed_executor_backend = "uni"
     return AsyncLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
 
 

@@ -88,7 +88,7 @@ class Worker:
         self._client = connect(self._hello)
         self._heartbeat_seconds = 1.0
         self._samples: dict[tuple[int, int], tuple[Task, asyncio.Task]] = {}
-        self._activities: Counter[str] = Counter()  # what running samples wait for, or do
+        self._activities: Counter[str] = Counter()  # what running samples and the loader do, or wait for
         self._welcomed = asyncio.Event()
         self._wanted: Manifest | None = None  # the newest version that is not loaded yet
         self._loader: asyncio.Task | None = None
@@ -108,7 +108,8 @@ class Worker:
             code, reason = self._end.result()
             log.info("%s ends: %s", self.settings.name, reason)
             with suppress(TransportError):
-                await asyncio.wait_for(self._client.send(Goodbye(name=self.settings.name, reason=reason)), 1.0)
+                goodbye = Goodbye(name=self.settings.name, reason=reason, died=code == ENGINE_DIED)
+                await asyncio.wait_for(self._client.send(goodbye), 1.0)
             return code
         finally:
             samples = [running for _, running in self._samples.values()]
@@ -194,8 +195,9 @@ class Worker:
             await asyncio.sleep(self._heartbeat_seconds)
 
     def _watch_connection(self) -> None:
-        if self._client.disconnected_for > self.settings.controller_limit:
-            self.stop(CONTROLLER_LOST, f"no connection to the controller for {self.settings.controller_limit:g} s")
+        limit = self.settings.controller_limit
+        if self._client.disconnected_for > limit:
+            self.stop(CONTROLLER_LOST, f"no connection to the controller for {limit:g} s; {self._client.last_word}")
 
     # --- Weights ---------------------------------------------------------------------------------------------------
 
@@ -203,9 +205,9 @@ class Worker:
         """Loads the newest version that was asked for; those that were overtaken meanwhile are left out."""
         while self._wanted is not None:
             manifest, self._wanted = self._wanted, None
-            self._settle_clock()
             try:
-                timings, error = await self._load(manifest), ""
+                with self._busy("loading"):
+                    timings, error = await self._load(manifest), ""
             except WeightsRefused as refused:
                 timings, error = {}, str(refused)
                 self.counts["weights_refused"] += 1
@@ -221,14 +223,13 @@ class Worker:
                 timings=timings, error=error,
             )  # fmt: skip
             await self._send(loaded)
-        self._loader = None  # the clock asks for it
-        self._settle_clock()
 
     async def _load(self, manifest: Manifest) -> dict[str, float]:
         if self._ready.is_set():
             if manifest.version < self.engine.version and self._samples:
                 await self._roll_back(manifest.version)
-            return await self.engine.update_weights(manifest)
+            timings = await self.engine.update_weights(manifest)
+            return timings | {"latency": time.time() - manifest.published_at}  # since the optimizer step
         start = time.perf_counter()
         await self.engine.start(manifest)
         self._ready.set()
@@ -285,9 +286,8 @@ class Worker:
             _check(trajectories)
             result = SampleDone(**own, trajectories=trajectories)
             self.counts["samples_done"] += 1
-        except EngineDied as death:
-            self.stop(ENGINE_DIED, str(death))
-            result = SampleFailed(**own, error="engine_died", detail=str(death))
+        except EngineDied as death:  # not the sample's failure: the goodbye hands it, and all others, to other workers
+            return self.stop(ENGINE_DIED, str(death))
         except VerificationFailed as failed:
             result = SampleFailed(**own, error=failed.name, detail=failed.detail)
         except FloatingPointError as error:
@@ -324,7 +324,7 @@ class Worker:
             return "loading_weights"
         if self._activities["generating"]:
             return "generating"
-        if self._loader is not None:
+        if self._activities["loading"]:
             return "loading_weights"
         for activity, phase in (("tool", "running_tools"), ("verifying", "waiting:rewards")):
             if self._activities[activity]:

@@ -1,12 +1,14 @@
 """One atomic checkpoint of everything a run needs to go on: training state, controller state, and what to remember.
 
-Orbax writes in the background to a temporary folder and renames it, so that a crash in the middle leaves the previous
-checkpoint whole. Arrays are restored straight to their shards, on whatever mesh the new state has.
+Orbax writes in the background to a temporary folder and renames it, so that a crash or a full disk in the middle leaves
+the previous checkpoint whole. Arrays are restored straight to their shards, on whatever mesh the new state has.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from areal_jax.trainer.state import TrainState, path_name
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or belongs to another model; the message says which and why."""
+    """A checkpoint cannot be written or read, or belongs to another model; the message says which and why."""
+
+
+_WRITE_ERRORS = (OSError, ValueError, RuntimeError)  # a full disk is any of them, depending on who met it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +38,21 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, below `folder`, numbered by version; the newest `keep` stay.
 
-    All processes must make the same calls.
+    A save in the background that fails is not raised but noted in `failed`, in words, for the caller to read and empty:
+    a run does not end for a checkpoint that it may never need. With several processes, which must all make the same
+    calls, it is raised, since the others cannot know.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
-        self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self.folder, self.failed = Path(folder).absolute(), []
+        self._keep, self._saving = keep, -1  # the version that is being written in the background
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "controller": ocp.StandardCheckpointHandler()}
         handlers["memory"] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The newest version that was saved as a whole."""
@@ -50,8 +61,11 @@ class Checkpoints:
     def save(self, state: TrainState, controller: bytes, memory: dict[str, Any], *, wait: bool = False) -> bool:
         """Saves as of the state's version; returns when the arrays are copied, or with `wait` when all is on disk.
 
-        Returns False if that version is there already. An error of an earlier save in the background is raised here.
+        Returns False if that version is there already, or if saving it failed. Raises `CheckpointError` in that case
+        with `wait`, or with several processes.
         """
+        self.poll(wait=True)
+        self._sweep()
         version = int(state.version)
         if version in self._manager.all_steps():
             return False
@@ -64,10 +78,42 @@ class Checkpoints:
             controller=ocp.args.StandardSave({"data": np.frombuffer(controller or b"\0", np.uint8)}),
             memory=ocp.args.JsonSave(memory | {"controller_bytes": len(controller)}),
         )
-        self._manager.save(version, args=items)
+        self._saving = version
+        try:
+            self._manager.save(version, args=items)
+        except _WRITE_ERRORS as error:
+            self._give_up(error)
         if wait:
+            self.wait()
+        return version in self._manager.all_steps()
+
+    def poll(self, wait: bool = False) -> None:
+        """Notices whether the save in the background has failed; with `wait` not before it has ended."""
+        if self._saving < 0 or (self._manager.is_saving_in_progress() and not wait):
+            return
+        try:
             self._manager.wait_until_finished()
-        return True
+        except _WRITE_ERRORS as error:
+            self._give_up(error)
+        self._saving = -1
+
+    def _give_up(self, error: Exception) -> None:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 300 else f"{reason[:150]} ... {reason[-150:]}"  # both ends say something
+        self.failed.append(f"the checkpoint of version {self._saving} could not be written to {self.folder}: {reason}")
+        self._saving = -1
+        if jax.process_count() > 1:
+            raise CheckpointError(self.failed.pop()) from error
+        with contextlib.suppress(*_WRITE_ERRORS):  # the same ones once more
+            self._manager.close()
+        self._sweep()
+        self._manager = self._open()
+
+    def _sweep(self) -> None:
+        """Removes what saves that failed have left: there may be no room for another one. Nothing may be saving."""
+        if jax.process_count() == 1:
+            for draft in self.folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(draft, ignore_errors=True)
 
     def restore(self, like: TrainState, version: int | None = None) -> Restored:
         """Reads a version (default: the newest) into arrays with the shapes, dtypes and shardings of `like`.
@@ -114,11 +160,14 @@ class Checkpoints:
                 )
 
     def wait(self) -> None:
-        """Until everything is on disk; raises what went wrong."""
-        self._manager.wait_until_finished()
+        """Until everything is on disk; raises `CheckpointError` if something could not be written."""
+        self.poll(wait=True)
+        if self.failed:
+            raise CheckpointError("; ".join(self.failed))
 
     def close(self) -> None:
-        """Finish and free; raises what went wrong."""
+        """Finish and free."""
+        self.poll(wait=True)
         self._manager.close()
 
 
@@ -129,8 +178,18 @@ def _flatten(state: TrainState) -> dict[str, Any]:
 
 def read_memory(folder: str | os.PathLike) -> dict[str, Any]:
     """What the newest checkpoint remembers, without reading an array: `config`, results; for tools."""
+    memory = _read(folder, memory=ocp.args.JsonRestore())["memory"]
+    return json.loads(json.dumps(dict(memory)))
+
+
+def read_controller(folder: str | os.PathLike) -> bytes:
+    """The controller's state in the newest checkpoint, as `controller.snapshot.save` made it; for tools."""
+    read = _read(folder, memory=ocp.args.JsonRestore(), controller=ocp.args.StandardRestore())
+    return np.asarray(read["controller"]["data"]).tobytes()[: read["memory"]["controller_bytes"]]
+
+
+def _read(folder: str | os.PathLike, **items: Any) -> Any:
     with ocp.CheckpointManager(Path(folder).absolute()) as manager:
         if manager.latest_step() is None:
             raise CheckpointError(f"there is no checkpoint in {folder}")
-        read = manager.restore(manager.latest_step(), args=ocp.args.Composite(memory=ocp.args.JsonRestore()))
-    return json.loads(json.dumps(dict(read["memory"])))
+        return manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -82,7 +82,13 @@ def save_postmortem(workdir: str | os.PathLike, version: int, report: dict[str, 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"version-{version}.npz"
     arrays = {f"{i}/{name}": array for i, part in enumerate(packed) for name, array in part.arrays.items()}
-    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+    with _own(path) as file:
         np.savez_compressed(file, **arrays)
-    path.with_suffix(".json").write_text(json.dumps({k: str(v) for k, v in report.items()}, indent=1))
+    with _own(path.with_suffix(".json")) as file:
+        file.write(json.dumps({k: str(v) for k, v in report.items()}, indent=1).encode())
     return path
+
+
+def _own(path: Path) -> BinaryIO:
+    """A new file that only this user can read."""
+    return open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb")

@@ -20,12 +20,9 @@ from areal_jax.trainer import state as state_lib
 from areal_jax.trainer.batch import TrainBatch
 from areal_jax.trainer.config import TrainerConfig
 from areal_jax.trainer.objectives import Objective, ObjectiveError, make
-from areal_jax.trainer.packing import Packed, Sample
+from areal_jax.trainer.packing import Packed, Sample, max_segments
 
 Tree = Any
-# Shortest sequence that rows are dimensioned for: row_length / this many segments fit in a row.
-TOKENS_PER_SEGMENT = 8
-MAX_SEGMENTS = 64
 
 
 def make_objective(config: TrainerConfig, *, horizon: float = 1.0) -> Objective:
@@ -43,13 +40,6 @@ def make_objective(config: TrainerConfig, *, horizon: float = 1.0) -> Objective:
         num_segments=max_segments(config),
         horizon=horizon,
     )
-
-
-def max_segments(config: TrainerConfig) -> int:
-    """Sequences that one row may hold; static, for sums over sequences."""
-    if config.packing == "fixed":
-        return 1
-    return min(MAX_SEGMENTS, max(1, config.row_length // TOKENS_PER_SEGMENT))
 
 
 def mesh_of(config: TrainerConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,6 @@ from areal_jax.transport import messages as m
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.sockets import HeartbeatThread, SyncClient
 from areal_jax.weights import Publisher
-
-REPLY_SECONDS = 30.0  # for one request; the controller answers within about a second, with NotReady if need be
 
 
 class WaitedTooLong(RuntimeError):
@@ -34,6 +32,7 @@ class Link:
       process: this JAX process; 0 publishes and decides.
       clock: where this process's time goes; sent with every heartbeat.
       heartbeat_seconds: how often.
+      limit: seconds to wait for one reply; the controller answers within about a second, with NotReady if need be.
       told_to_stop: asked while waiting; waiting ends with `Stopped` once it says so.
       agree: (this process has what it waits for, it is told to stop) -> (all have, one is); for several processes.
     """
@@ -45,16 +44,17 @@ class Link:
         clock: Clock,
         *,
         heartbeat_seconds: float = 1.0,
+        limit: float = 120.0,
         told_to_stop: Callable[[], bool] = lambda: False,
         agree: Callable[[bool, bool], tuple[bool, bool]] = lambda ready, stop: (ready, stop),
     ):
         self.name, self.process, self.clock = f"trainer-{process}", process, clock
         self.counters: dict[str, float] = {}
         self.gauges: dict[str, float] = {}
-        self._told_to_stop, self._agree = told_to_stop, agree
+        self._told_to_stop, self._agree, self._limit = told_to_stop, agree, limit
         self._workdir = Path(workdir)
         self._client = SyncClient(self.name, workdir, hello=self._hello)
-        self._heart = HeartbeatThread(self.name, workdir, self._hello, self._beat, heartbeat_seconds)
+        self._heart = HeartbeatThread(self.name, workdir, self._hello, self._beat, heartbeat_seconds, timeout=limit)
 
     def _hello(self) -> m.Hello:
         return m.Hello(role="trainer", name=self.name, host=socket.gethostname(), pid=os.getpid())
@@ -68,10 +68,10 @@ class Link:
             gauges=dict(self.gauges),
         )
 
-    def request(self, message: m.Message, timeout: float = REPLY_SECONDS) -> m.AnyMessage:
+    def request(self, message: m.Message) -> m.AnyMessage:
         """One request, one reply; errors as of `SyncClient.request`."""
         self._heart.check()
-        return self._client.request(message, timeout)
+        return self._client.request(message, self._limit)
 
     def wait(self, message: m.Message, limit: float, what: str) -> m.AnyMessage:
         """Repeats a request until the answer is not NotReady, in phase "waiting:<what>".
@@ -122,7 +122,10 @@ class BackgroundPublisher:
     `join` must be called before the arrays behind the tensors change; it raises what went wrong.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, transport: str, address: str = "tcp://127.0.0.1:*"):
+    def __init__(
+        self, workdir: str | os.PathLike, *, transport: str, address: str = "tcp://127.0.0.1:*", limit: float = 120.0
+    ):
+        self._limit = limit
         self.publisher = Publisher(workdir, transport=transport, address=address)
         self.manifest: m.Manifest | None = None
         self.timings: dict[str, float] = {}
@@ -131,26 +134,30 @@ class BackgroundPublisher:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-        """Begin to publish; returns at once."""
+    def start(
+        self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], measured: Mapping[str, float]
+    ) -> None:
+        """Begin to publish; returns at once. `measured`: as `Publisher.publish` takes it."""
         self.join()
-        arguments = (version, named_tensors, time.time())
+        arguments = (version, named_tensors, measured, time.time())
         self._thread = threading.Thread(target=self._run, args=arguments, name="publish", daemon=True)
         self._thread.start()
 
-    def publish(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    def publish(
+        self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], measured: Mapping[str, float]
+    ) -> None:
         """Publish and wait until the controller knows."""
         self.join()
-        self._run(version, named_tensors, time.time())
+        self._run(version, named_tensors, measured, time.time())
         self.join()
 
-    def _run(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], at: float) -> None:
+    def _run(self, version, named_tensors, measured, at: float) -> None:
         started = time.perf_counter()
         try:
-            self.manifest = self.publisher.publish(version, named_tensors, published_at=at)
+            self.manifest = self.publisher.publish(version, named_tensors, published_at=at, measured=measured)
             if self._client is None:
                 self._client = SyncClient("trainer-publisher", self._workdir)
-            self._client.request(m.Publish(manifest=self.manifest), 2 * REPLY_SECONDS)
+            self._client.request(m.Publish(manifest=self.manifest), self._limit)
             self.timings = {f"weights/{name}": value for name, value in self.publisher.timings.items()}
             self.timings["time/publish"] = time.perf_counter() - started
         except BaseException as error:  # raised where the trainer waits for this thread
@@ -168,7 +175,7 @@ class BackgroundPublisher:
     def close(self) -> None:
         """End, and free the memory of the versions."""
         if self._thread is not None:
-            self._thread.join(REPLY_SECONDS)
+            self._thread.join(self._limit)
         if self._client is not None:
             self._client.close()
         self.publisher.close()
@@ -177,7 +184,8 @@ class BackgroundPublisher:
 class BackgroundEvaluation:
     """Asks for the evaluation of a published version in a thread of its own, and keeps the result for later."""
 
-    def __init__(self, workdir: str | os.PathLike, version: int, limit: float):
+    def __init__(self, workdir: str | os.PathLike, version: int, limit: float, reply_limit: float = 120.0):
+        self._reply_limit = reply_limit
         self.version, self.result, self.problem = version, None, ""
         self.waiting_for = "the controller"
         self._workdir, self._limit = workdir, limit
@@ -190,7 +198,7 @@ class BackgroundEvaluation:
         try:
             with SyncClient("trainer-evaluation", self._workdir) as client:
                 while self.result is None and not self._end.is_set():
-                    reply = client.request(m.Evaluate(version=self.version), REPLY_SECONDS)
+                    reply = client.request(m.Evaluate(version=self.version), self._reply_limit)
                     if isinstance(reply, m.EvaluationResult):
                         self.result = reply
                         return
@@ -215,4 +223,4 @@ class BackgroundEvaluation:
     def close(self) -> None:
         """Give up waiting."""
         self._end.set()
-        self._thread.join(REPLY_SECONDS)
+        self._thread.join(self._reply_limit)

@@ -19,6 +19,7 @@ from areal_jax import models
 from areal_jax.controller.config import ControllerConfig
 from areal_jax.metrics.clock import Clock, idle_fraction, trace_path
 from areal_jax.metrics.config import MetricsConfig
+from areal_jax.metrics.trained import TrainedWriter
 from areal_jax.metrics.writers import MetricsWriter
 from areal_jax.models import Lora, Model, ModelConfig
 from areal_jax.rollout.config import RolloutConfig
@@ -71,9 +72,11 @@ class Training:
         self.first = process == 0
         self.clock = Clock("starting", trace=trace_path(workdir, f"trainer-{process}"))
         self._told_to_stop = told_to_stop
+        self.reply_limit = 4 * settings.controller.heartbeat_limit  # as long as workers wait for a controller
         self.memory: dict[str, Any] = {"config": settings.config, "wall_seconds": 0.0, "trained_tokens": 0}
         self._asked = -1  # the version whose evaluation was begun last
         self.pending: tuple[Pending, dict[str, Any]] | None = None
+        self.saves_failed, self.save_problem = 0, ""
         self.evaluation: BackgroundEvaluation | None = None  # beside training
         self.idle_from: dict[str, float] = {}  # the clock when training began
 
@@ -89,6 +92,7 @@ class Training:
                     self.process,
                     self.clock,
                     heartbeat_seconds=self.settings.controller.heartbeat_seconds,
+                    limit=self.reply_limit,
                     told_to_stop=self._told_to_stop,
                     agree=distributed.agree,
                 )
@@ -103,6 +107,7 @@ class Training:
                         break
                     self.step(message)
                     if c.checkpoint_every and self.learner.version % c.checkpoint_every == 0:
+                        self.flush_report()  # a run that goes on from there would never write it
                         self.save()
                 self.end()
                 return True
@@ -149,13 +154,15 @@ class Training:
         samples = batch * s.controller.group_size
         self.estimator = AdvantageEstimator(c.advantage, c.advantage_args, batch, samples, c.row_length)
         self.guard = Guard(self.workdir if self.first else None, c.guard, c.equal_rewards_limit)
-        self.publisher = self.writer = None
+        self.publisher = self.writer = self.trained = None
         if self.first:
             address = s.controller.address
-            self.publisher = BackgroundPublisher(self.workdir, transport=c.weights_transport, address=address)
+            options = {"transport": c.weights_transport, "address": address, "limit": self.reply_limit}
+            self.publisher = BackgroundPublisher(self.workdir, **options)
             self.held.callback(self.publisher.close)
             metrics = (s.metrics.tensorboard, s.metrics.wandb)
             self.writer = self.held.enter_context(MetricsWriter(self.workdir, *metrics, name=s.name, config=s.config))
+            self.trained = self.held.enter_context(TrainedWriter(self.workdir))
 
     def begin(self) -> None:
         """Publishes the first weights, has them evaluated, and meanwhile compiles the training step."""
@@ -186,8 +193,11 @@ class Training:
         batch = make_batch(message.groups, message.version, self.estimator, max_staleness=bound)
         pending = self.learner.step(batch, before_update=self.wait_for_publisher)
         self.note_evaluation()  # of the version before, which is published by now
+        self.note_failed_saves()
         self.flush_report()  # of the step before, while this one is computed
         jax.block_until_ready(self.learner.state.version)
+        if self.trained is not None:
+            self.trained.write(message.version, message.groups)
         self.publish()
         seconds = time.perf_counter() - started
         self.memory["trained_tokens"] += batch.report.get("batch/trained_tokens", 0)
@@ -230,10 +240,12 @@ class Training:
             "wall_seconds": self.memory["wall_seconds"] + self.clock.age(),
             "trained_tokens": self.memory["trained_tokens"],
             "max_staleness": max(self.memory.get("max_staleness", 0), summary.get("max_staleness", 0)),
+            "worst_mismatch": self.memory.get("worst_mismatch"),
             "recompiles_after_warmup": compiled,
             "trainer_idle_fraction": idle_fraction(idle),
             "trainer_seconds": idle,
             "skipped_updates": self.guard.skipped,
+            "checkpoints_failed": self.saves_failed,
         }
         _write_json(self.workdir / "summary.json", summary)
 
@@ -241,18 +253,19 @@ class Training:
 
     def publish(self, *, wait: bool = False) -> None:
         """Sends the current weights on their way; with several processes all gather, so that they must wait."""
-        named = models.to_hf(self.learner.model, self.learner.state.params, self.settings.trainer.publish_dtype)
-        version = self.learner.version
+        dtype, version = self.settings.trainer.publish_dtype, self.learner.version
+        measured: dict[str, float] = {}
+        named = models.to_hf(self.learner.model, self.learner.state.params, dtype, timings=measured)
         if jax.process_count() > 1 or wait:
             with self.clock.phase("publishing"):
                 if self.publisher is not None:
-                    self.publisher.publish(version, named)
+                    self.publisher.publish(version, named, measured)
                 else:
                     for _ in named:  # takes part in the gathering
                         pass
                 distributed.agree(True, False)  # nobody goes on before the controller knows
         elif self.publisher is not None:
-            self.publisher.start(version, named)
+            self.publisher.start(version, named, measured)
 
     def wait_for_publisher(self) -> None:
         """Until nobody reads the old parameters any more."""
@@ -265,12 +278,16 @@ class Training:
         if self.pending is None:
             return
         (pending, extra), self.pending = self.pending, None
-        report = pending.report() | extra
+        report = pending.report() | extra | {"checkpoint/failed": self.saves_failed}
         staleness = report.get("staleness/max", 0)
         self.memory["max_staleness"] = max(self.memory.get("max_staleness", 0), int(staleness))
+        if (mismatch := report.get("mismatch/logprob_abs_diff_mean")) is not None:
+            self.memory["worst_mismatch"] = max(mismatch, self.memory.get("worst_mismatch") or 0.0)
         if warning := measure.diagnose(report, compute_dtype=self.settings.trainer.compute_dtype):
             report["warning"] = warning
             log.warning("version %d: %s", pending.version, warning)
+        elif self.save_problem:
+            report["warning"], self.save_problem = self.save_problem, ""
         if self.publisher is not None:
             report |= self.publisher.timings
         try:
@@ -316,7 +333,8 @@ class Training:
         due = published % every == 0 and 0 < published < self.settings.trainer.steps
         if due and self.evaluation is None and published != self._asked:
             self._asked = published
-            self.evaluation = BackgroundEvaluation(self.workdir, published, self.settings.trainer.batch_timeout)
+            limit = self.settings.trainer.batch_timeout
+            self.evaluation = BackgroundEvaluation(self.workdir, published, limit, self.reply_limit)
             self.held.callback(self.evaluation.close)
 
     def _record(self, result: m.EvaluationResult) -> float:
@@ -334,6 +352,16 @@ class Training:
             controller = self.link.request(m.GetState(version=self.learner.version))
             memory = self.memory | {"wall_seconds": self.memory["wall_seconds"] + self.clock.age()}
             self.checkpoints.save(self.learner.state, controller.data, memory, wait=wait)
+        self.note_failed_saves()
+
+    def note_failed_saves(self) -> None:
+        """A checkpoint that could not be written is no reason to end: the one before is whole, the next may succeed."""
+        self.checkpoints.poll()
+        for problem in self.checkpoints.failed:
+            self.save_problem = f"{problem}; going on, the newest checkpoint is of version {self.checkpoints.latest()}"
+            log.warning("%s", self.save_problem)
+        self.saves_failed += len(self.checkpoints.failed)
+        self.checkpoints.failed.clear()
 
 
 def _since(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ Sums = dict[str, dict]  # {"mean": {name: Weighted}, "max": {name: float32 scala
 _NAMES = {
     "logprob_abs_difference": "logprob_abs_diff_mean",
     "logprob_difference_std": "logprob_diff_std",
+    "probability_abs_difference": "prob_abs_diff_mean",
     "probability_correlation": "pearson",
     "k1_kl": "kl",
     "k3_kl": "k3_kl",
@@ -87,8 +88,8 @@ class Recorder:
 def finish(sums: Sums) -> dict[str, float]:
     """The report of a step, on the host, under the field's names; what was never counted is left out.
 
-    `is/ess` is the effective share of the tokens, (mean w)² / mean w². `ppl_ratio` is the trainer's perplexity over the
-    engine's.
+    `ess` is the effective share of the tokens, (mean w)² / mean w², w = trainer / engine. `ppl_ratio` is the trainer's
+    perplexity over the engine's.
     """
     pairs = {name: Weighted(*map(np.float32, pair)) for name, pair in sums["mean"].items()}
     counted = {name: pair for name, pair in pairs.items() if pair.denominator > 0}
@@ -106,6 +107,7 @@ def finish(sums: Sums) -> dict[str, float]:
             if "masked_frac" in means:
                 report["is/masked_frac"] = means["masked_frac"]
         else:
+            report[f"{panel}/prob_diff_mean"] = means["train_probability"] - means["sampler_probability"]
             report[f"{panel}/ppl_ratio"] = float(np.exp(np.clip(means["k1_kl"], -20, 20)))
             report[f"{panel}/tokens"] = float(inside["k1_kl"].denominator)
     report |= {name: float(pair.sum) / float(pair.denominator) for name, pair in counted.items()}
@@ -131,15 +133,25 @@ def diagnose(report: dict[str, float], *, compute_dtype: str, limit: float | Non
     if mean is None or mean <= limit:
         return ""
     worst, kl = report["mismatch/logprob_abs_diff_max"], report["mismatch/kl"]
+    # Rounding is as often up as down. Another temperature makes the likely tokens likelier (or less likely); where the
+    # log-probs are not of the distribution that was sampled from, even their mean moves.
+    tilt = abs(report["mismatch/prob_diff_mean"]) > 0.3 * report["mismatch/prob_abs_diff_mean"]
+    tilt = tilt or abs(kl) > 0.1 * mean
     if not np.isfinite(mean):
         cause = "a log-prob is not finite: look at the engine's sampling settings and at the weights it loaded"
     elif mean > 0.3:
-        cause = "so large a difference means other weights, another temperature or top-p, or tokens out of alignment"
+        cause = (
+            "so large a difference means other weights, another temperature or top-p, log-probs that are not the "
+            "processed ones, or tokens out of alignment"
+        )
     elif worst > 50 * mean:
         cause = "a few tokens carry it: a wrong version stamp, or caches that outlived their weights, at an update"
-    elif abs(kl) < 0.1 * mean:
-        cause = "it has no direction: rounding, as from a lower precision on one side (compute_dtype, engine dtype)"
+    elif not tilt:
+        cause = "it has no direction: rounding, as from a lower precision (of the engine, its head, or compute_dtype)"
     else:
-        cause = "it has a direction: a sampling transformation (temperature, top-p, top-k) on one side only"
+        cause = (
+            "it has a direction: a sampling transformation (temperature, top-p, top-k) on one side only, as when the "
+            "engine's log-probs are not the processed ones"
+        )
     found = f"mean |Δ log-prob| {mean:.2g} (limit {limit:g}), max {worst:.2g}"
     return f"engine and trainer disagree at lag 0: {found}; {cause}"

@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from areal_jax.trainer.config import TrainerConfig
+from areal_jax.trainer.packing import max_segments
 
 if TYPE_CHECKING:
     from areal_jax.models.config import ModelConfig
@@ -66,6 +67,9 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
     head = c.vocab_size * c.hidden_size / tensor
     keeps_scores = t.remat == "none" and t.attention == "xla"  # where nothing is flash, nor computed again
     scores = 1.5 * t.row_length * c.num_heads / tensor * keeps_scores
+    # Flash attention leaves a float32 for every token, head and segment that the token's row may hold: its outputs are
+    # kept with attention's result, or exist for one layer at a time.
+    statistics = 4 * max(2, max_segments(t)) * c.num_heads / tensor * (t.attention != "xla")
     return Estimate(
         {
             "parameters": params * BYTES[t.param_dtype] * (2 if t.kl_coef else 1) / shards,
@@ -73,6 +77,7 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
             "gradients": trained * 4 / shards,
             "a micro-batch's gradients": trained * BYTES[t.param_dtype] / shards,
             "kept activations": c.num_layers * tokens * width * (_kept(c, t.remat, tensor) + scores),
+            "flash statistics": tokens * statistics * (1 if t.remat == "full" else c.num_layers),
             "one layer": tokens * width * _kept(c, "none", tensor) + 2 * layer * (4 + width) / (tensor * expert),
             "logits": logits * (2 * 4 + width),
             "head": head * (4 + width) + 4 * tokens * c.hidden_size,

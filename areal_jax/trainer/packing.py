@@ -9,6 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from areal_jax.trainer.config import TrainerConfig
+
+# Shortest sequence that rows are dimensioned for: row_length / this many segments fit in a row.
+TOKENS_PER_SEGMENT = 8
+MAX_SEGMENTS = 64
+
 
 class PackingError(ValueError):
     """The sequences cannot be packed as asked."""
@@ -105,6 +111,13 @@ def allocate(
         sums[chosen] += lengths[i]
         counts[chosen] += 1
     return bins
+
+
+def max_segments(config: TrainerConfig) -> int:
+    """Sequences that one row may hold; static, for sums over sequences and for the tables of flash attention."""
+    if config.packing == "fixed":
+        return 1
+    return min(MAX_SEGMENTS, max(1, config.row_length // TOKENS_PER_SEGMENT))
 
 
 def check_lengths(lengths: np.ndarray, row_length: int) -> None:

@@ -39,7 +39,7 @@ class Client:
         high_water: int = 1000,
     ):
         self.name, self.server, self.timeout, self.max_bytes = name, server, timeout, max_bytes
-        self.guard = wire.Guard(max_bytes=max_bytes)
+        self.guard = wire.Guard(max_bytes=max_bytes, mute_after=wire.NEVER)  # there is but one server
         self._workdir, self._hello, self._high_water = Path(workdir), hello, high_water
         self._identity, self._session = identity(name)
         self._sequence, self._closed, self._endpoint = 0, False, ""
@@ -52,6 +52,11 @@ class Client:
     def disconnected_for(self) -> float:
         """Seconds since the connection was lost; 0 while there is one."""
         return 0.0 if self._gone_since is None else time.monotonic() - self._gone_since
+
+    @property
+    def last_word(self) -> str:
+        """What the server said last, and how long ago."""
+        return self.guard.last_word(self.server.encode())
 
     async def open(self) -> None:
         """Find the server and connect; raises `EndpointMissing`. Sending and receiving do it by themselves."""
@@ -111,7 +116,8 @@ class Client:
         except TimeoutError:
             raise RequestTimeout(
                 f"{self.name}: {self.server} at {self._endpoint} has read nothing for {self.timeout:.0f} s "
-                f"({'disconnected' if self._gone_since else 'connected'}, {self._high_water} messages wait)"
+                f"({'disconnected' if self._gone_since else 'connected'}, {self._high_water} messages wait); "
+                f"{self.last_word}"
             ) from None
 
     async def receive(self) -> AnyMessage | None:

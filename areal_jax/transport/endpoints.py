@@ -27,6 +27,12 @@ def write_endpoint(workdir: str | Path, name: str, endpoint: str) -> None:
     draft.replace(folder / name)
 
 
+def forget_endpoints(workdir: str | Path) -> None:
+    """No server of the run listens any more, so that nobody must try these addresses."""
+    for path in (Path(workdir) / "endpoints").glob("*"):
+        path.unlink(missing_ok=True)
+
+
 def read_endpoint(workdir: str | Path, name: str) -> str | None:
     """The endpoint that server `name` announced last, or None."""
     try:

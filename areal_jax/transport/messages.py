@@ -117,6 +117,7 @@ class Heartbeat(Message, tag="heartbeat"):
 class Goodbye(Message, tag="goodbye"):
     name: str
     reason: str = ""
+    died: bool = False  # not told to: a rollout worker's engine ended, perhaps because of what it ran
 
 
 # --- Controller and rollout worker ---------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class SyncClient:
         resend: float = 5.0,
     ):
         self.name, self.server, self.max_bytes, self.resend = name, server, max_bytes, resend
-        self.guard = wire.Guard(max_bytes=max_bytes)
+        self.guard = wire.Guard(max_bytes=max_bytes, mute_after=wire.NEVER)  # there is but one server
         self.late = 0  # replies that came after their request had been given up
         self._workdir, self._hello = Path(workdir), hello
         self._identity, self._session = identity(name)
@@ -124,7 +124,7 @@ class SyncClient:
                 return reply
         raise RequestTimeout(
             f"{self.server} at {self._endpoint} did not answer {type(message).__name__} of {self.name} "
-            f"within {timeout:.1f} s (sent {tries} times)"
+            f"within {timeout:.1f} s (sent {tries} times); {self.guard.last_word(self.server.encode())}"
         )
 
     def close(self, flush: float = 0.0) -> None:

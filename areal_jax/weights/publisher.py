@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from areal_jax.transport.endpoints import load_keys
 from areal_jax.transport.messages import Manifest, TensorSpec
 from areal_jax.weights import store
-from areal_jax.weights.file import NewFile
+from areal_jax.weights.file import Finished, NewFile
 from areal_jax.weights.tcp import ByteServer
 
 _CHUNK = 4 << 20  # bytes copied and checksummed at a time, while they are in cache
@@ -32,7 +32,7 @@ class Publisher:
     """Publishes one run's weights; a context manager. A run has one.
 
     Args:
-      workdir: the run's folder; names its place in shared memory.
+      workdir: the run's folder.
       transport: "shm": shared memory, or `workdir/weights` where there is no room for it. "tcp": the same, and a byte
         server for other hosts. "disk": `workdir/weights`, synced, for a disk that all hosts share.
       keep: how many of the newest versions stay available. Memory needed: `keep` + 1 times the size of a version.
@@ -56,43 +56,54 @@ class Publisher:
         self.transport, self.keep = transport, keep
         self.timings: dict[str, float] = {}
         store.cleanup(workdir, shared_memory)  # left by an earlier trainer of this run; whoever maps it keeps it
+        store.sweep(shared_memory)
         self._disk = store.disk_folder(workdir)
-        memory = shared_memory.is_dir() and transport != "disk"
-        self._folder = store.make_private(store.run_folder(workdir, shared_memory) if memory else self._disk)
-        self._versions: dict[int, Path] = {}  # in the order of publication
+        self._memory = shared_memory if transport != "disk" and store.has_descriptors(shared_memory) else None
+        if self._memory is None:
+            store.make_private(self._disk)
+        self._versions: dict[int, Finished] = {}  # in the order of publication
+        self._spare = -1  # descriptor of a version's pages that are free to use again once nobody maps them
         self._lock = threading.Lock()
         self._workers = min(8, os.cpu_count() or 1)
         self._threads = concurrent.futures.ThreadPoolExecutor(self._workers, "publish")
         self._server = ByteServer(address, load_keys(workdir)) if transport == "tcp" else None
 
     def publish(
-        self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], *, published_at: float | None = None
+        self,
+        version: int,
+        named_tensors: Iterable[tuple[str, np.ndarray]],
+        *,
+        published_at: float | None = None,
+        measured: Mapping[str, float] | None = None,
     ) -> Manifest:
         """Write one version and return its manifest; nobody sees the file before it is whole.
 
         Arrays may have any layout and must not change until this returns. `published_at`: seconds since the epoch when
         the optimizer step was done (now, if not given). Afterwards `timings` has seconds for convert (waiting for
-        `named_tensors`) and copy (the rest: bytes and checksums), and the megabytes written.
+        `named_tensors`) and copy (the rest: bytes and checksums), and the megabytes written; what `named_tensors` has
+        put into `measured` meanwhile (seconds by name) is reported too, and taken off convert.
         """
         start = time.perf_counter()
         published_at = time.time() if published_at is None else published_at
-        with self._lock, NewFile(self._folder, self._disk) as file:
+        with self._lock, self._new_file() as file:
             writes, converting = self._write_all(version, named_tensors, file)
             tensors = [TensorSpec(*spec, checksum=write.result()) for spec, write in writes]
             nbytes = max((t.offset + store.tensor_bytes(t) for t in tensors), default=0)
             if not nbytes:
                 raise ValueError(f"version {version} has no tensors")
-            path = file.finish(store.file_name(version, tensors), nbytes, sync=self.transport == "disk")
+            made = file.finish(store.file_name(version, tensors), nbytes, sync=self.transport == "disk")
             if self._server:
-                self._server.serve(path)
-            self._retire(version, path)
+                self._server.serve(made.name, made.path)
+            self._retire(version, made)
             took = time.perf_counter() - start
-            self.timings = {"convert": converting, "copy": took - converting, "megabytes": nbytes / 1e6}
+            parts = dict(measured or {})
+            parts |= {"convert": converting - sum(parts.values()), "copy": took - converting}
+            self.timings = parts | {"megabytes": nbytes / 1e6}
             return Manifest(
                 version=version,
                 nbytes=nbytes,
                 tensors=tensors,
-                path=str(path),
+                path=str(made.path),
                 host=socket.gethostname(),
                 transport=self.transport,
                 url=self._server.url if self._server else "",
@@ -104,14 +115,23 @@ class Publisher:
         self._threads.shutdown()
         if self._server:
             self._server.close()
-        for folder in (self._folder, self._disk):
-            shutil.rmtree(folder, ignore_errors=True)
+        for version in self._versions.values():
+            version.remove()
+        self._versions.clear()
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+        shutil.rmtree(self._disk, ignore_errors=True)
 
     def __enter__(self) -> Publisher:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _new_file(self) -> NewFile:
+        spare, self._spare = self._spare, -1
+        return NewFile(self._memory, self._disk, spare)
 
     def _write_all(self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], file: NewFile):
         """Write every tensor; returns [((name, dtype, shape, offset), future of the checksum)] and seconds waited."""
@@ -140,20 +160,20 @@ class Publisher:
         finally:
             concurrent.futures.wait(running)  # whatever comes next, nobody writes any more
 
-    def _retire(self, version: int, path: Path) -> None:
+    def _retire(self, version: int, made: Finished) -> None:
         """Take what is not kept any more out of sight; its pages serve a later version once nobody maps them."""
-        stale = [self._versions.pop(version, path)]
-        self._versions[version] = path
+        stale = [self._versions.pop(version, made)]
+        self._versions[version] = made
         stale += [self._versions.pop(v) for v in list(self._versions)[: -self.keep]]
         for old in stale:
-            if old == path:
+            if old.path == made.path:
                 continue
             if self._server:
-                self._server.forget(old)
-            if old.parent == self._disk:
-                old.unlink(missing_ok=True)
-            else:
-                old.replace(self._folder / store.SPARE)
+                self._server.forget(old.name)
+            if (fd := old.retire()) >= 0:
+                if self._spare >= 0:
+                    os.close(self._spare)
+                self._spare = fd
 
 
 def _write(file: NewFile, array: np.ndarray, offset: int) -> int:

@@ -52,7 +52,7 @@ def open_version(
     here, path = host or socket.gethostname(), Path(manifest.path)
     if manifest.transport == "disk":
         _wait_for(path, manifest, timeout)
-    elif here != manifest.host or not path.exists():
+    elif here != manifest.host or not _is_there(path):
         path = _pull(manifest, here, workdir, timeout, shared_memory)
     version = OpenVersion(manifest, path)
     version.timings["read"] = time.perf_counter() - start
@@ -137,6 +137,14 @@ def same_layout(a: Manifest, b: Manifest) -> None:
             raise WeightsRefused(f"version {b.version}: {name} is {have}, in version {a.version} it was {want}")
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except OSError:  # its publisher has died, or is another user's
+        return False
+    return True
+
+
 def _pull(manifest: Manifest, host: str, workdir, timeout: float, shared_memory: Path) -> Path:
     if not manifest.url:
         raise WeightsRefused(
@@ -175,7 +183,7 @@ def _map(manifest: Manifest, path: Path) -> tuple[mmap.mmap, tuple[int, int, int
         with contextlib.suppress(OSError) if manifest.transport == "disk" else contextlib.nullcontext():
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         found = os.fstat(fd)
-        if not path.exists() or path.stat().st_ino != found.st_ino:
+        if not _still_holds(path, fd, manifest):
             raise WeightsRefused(gone)
         if found.st_size < manifest.nbytes:
             last = next(t.name for t in manifest.tensors if t.offset + store.tensor_bytes(t) > found.st_size)
@@ -189,3 +197,11 @@ def _map(manifest: Manifest, path: Path) -> tuple[mmap.mmap, tuple[int, int, int
         raise WeightsRefused(gone) from None
     finally:
         os.close(fd)
+
+
+def _still_holds(path: Path, fd: int, manifest: Manifest) -> bool:
+    """Whether the file, which cannot change any more, is this version's and not a later one's."""
+    if store.unnamed(path):
+        name = store.file_name(manifest.version, manifest.tensors).encode()
+        return os.pread(fd, len(name), manifest.nbytes) == name
+    return path.exists() and path.stat().st_ino == os.fstat(fd).st_ino

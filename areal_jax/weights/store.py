@@ -1,12 +1,16 @@
-"""Where versions live: a folder of this user's own in shared memory, named after the run, or `weights/` in its workdir.
+"""Where versions live: in memory without a name, or in `weights/` in the run's workdir; copies pulled from another host
+in a folder of this user's own in shared memory, named after the run.
 
-A version file holds nothing but tensor bytes, each tensor starting on a multiple of 64 bytes; what they are is said by
-the manifest. A reader holds a shared `flock` on the file for as long as anything maps it: the publisher writes a new
-version into an old file's pages only when it can get the exclusive lock.
+A version file holds tensor bytes, each tensor starting on a multiple of 64 bytes; what they are is said by the
+manifest. A reader holds a shared `flock` on the file for as long as anything maps it: the publisher writes a new
+version into an old file's pages only when it can get the exclusive lock. A file in memory ends with its name: whether
+its pages are still those of that version.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -22,7 +26,9 @@ import numpy as np
 from areal_jax.transport.messages import Manifest, TensorSpec
 
 SHARED_MEMORY = Path("/dev/shm")
-PART, SPARE = "part", "spare"  # a file being written; a file whose pages may be used again
+DESCRIPTORS = Path("/proc/self/fd")  # of Linux: how a file without a name is reached
+PART = "part"  # a named file being written
+USERS = "users"  # in a folder of pulled copies: held with a shared lock by every process that uses it
 ALIGNMENT = 64  # bytes; what XLA and torch want in order to use memory in place
 DTYPES: dict[str, np.dtype] = {
     **{name: np.dtype(name) for name in ("float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool")},
@@ -79,6 +85,16 @@ def tensor_bytes(t: TensorSpec) -> int:
     return size
 
 
+def has_descriptors(shared_memory: Path) -> bool:
+    """Whether versions can be in memory here."""
+    return shared_memory.is_dir() and DESCRIPTORS.is_dir()
+
+
+def unnamed(path: Path) -> bool:
+    """Whether `path` is the descriptor of a version in memory."""
+    return path.parts[:2] == ("/", "proc")
+
+
 def disk_folder(workdir: str | os.PathLike) -> Path:
     return Path(workdir).resolve() / "weights"
 
@@ -94,4 +110,16 @@ def cleanup(workdir: str | os.PathLike, root: Path = SHARED_MEMORY) -> list[Path
         if folder.is_dir() and folder.lstat().st_uid == os.getuid():
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
+    return removed
+
+
+def sweep(root: Path = SHARED_MEMORY) -> list[Path]:
+    """Remove this user's folders of pulled copies that no living process uses: all of its users were killed."""
+    removed = []
+    for users in root.glob(f"areal_jax-*/{USERS}"):
+        with contextlib.suppress(OSError), open(os.open(users, os.O_RDWR | os.O_NOFOLLOW), "r+b") as file:
+            if users.parent.lstat().st_uid == os.getuid():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(users.parent, ignore_errors=True)
+                removed.append(users.parent)
     return removed

@@ -42,6 +42,7 @@ class ByteServer:
         if keys is None and not is_loopback(address):
             raise KeysMissing(f"weights may not be served on {address} without keys in the run's folder")
         self._files: dict[bytes, tuple[int, int]] = {}  # name -> (file descriptor, size)
+        self.refused = 0  # messages that are no request
         self._lock = threading.Lock()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -65,17 +66,17 @@ class ByteServer:
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
         self._thread.start()
 
-    def serve(self, path: Path) -> None:
-        """Offer a finished file, under its name, until `forget`."""
+    def serve(self, name: str, path: Path) -> None:
+        """Offer a finished file, under this name, until `forget`."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_SH)  # its pages are not used again while it is offered
-        self.forget(path)
+        self.forget(name)
         with self._lock:
-            self._files[path.name.encode()] = (fd, os.fstat(fd).st_size)
+            self._files[name.encode()] = (fd, os.fstat(fd).st_size)
 
-    def forget(self, path: Path) -> None:
+    def forget(self, name: str) -> None:
         with self._lock:
-            if (file := self._files.pop(path.name.encode(), None)) is not None:
+            if (file := self._files.pop(name.encode(), None)) is not None:
                 os.close(file[0])
 
     def close(self) -> None:
@@ -86,7 +87,7 @@ class ByteServer:
             stop.send(b"")
         self._thread.join()
         for name in list(self._files):
-            self.forget(Path(name.decode()))
+            self.forget(name.decode())
 
     def _run(self) -> None:
         poller = zmq.Poller()
@@ -113,6 +114,7 @@ class ByteServer:
     def _answer(self, parts: list[bytes]) -> None:
         """[client, name, range] -> [client, range, bytes]; no bytes when there is no such file or range."""
         if len(parts) != 3 or len(parts[2]) != _REQUEST.size:
+            self.refused += 1
             return
         client, name, wanted = parts
         offset, size = _REQUEST.unpack(wanted)
@@ -153,12 +155,18 @@ _used: dict[Path, IO[bytes]] = {}  # folders that this process pulls into, each 
 
 
 def _use(folder: Path) -> None:
-    """Make the folder, and see to its removal by the last process that uses it. (A killed one leaves it.)"""
+    """Make the folder, and see to its removal by the last process that uses it; if that is killed, by the next pull of
+    any run on this host."""
     if folder in _used and folder.exists():
         return
-    store.make_private(folder)
-    _used[folder] = (folder / "users").open("wb")  # open for as long as this process lives
-    fcntl.flock(_used[folder], fcntl.LOCK_SH)
+    store.sweep(folder.parent)
+    while True:
+        users = store.make_private(folder) / store.USERS
+        _used[folder] = users.open("wb")  # open for as long as this process lives
+        fcntl.flock(_used[folder], fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if users.stat().st_ino == os.fstat(_used[folder].fileno()).st_ino:
+                break  # else it was swept away before the lock was ours
 
     @atexit.register
     def leave() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.controller.core import Core, Stop
+from areal_jax.controller.core import Core, Silent, Stop
 from areal_jax.controller.journal import Journal
 from areal_jax.transport import messages as m
 
@@ -93,6 +93,7 @@ class World:
         self.stopped: str | None = None
         self.results: list[m.Message] = []  # everything workers ever reported
         self.origin: list[list[tuple[int, str]]] = []  # by trajectory: version and weights of each token
+        self.silent: list[Silent] = []
         self.folder = tempfile.TemporaryDirectory()
         self.journal = Journal(self.folder.name)
         self.core = self.new_core()
@@ -113,6 +114,8 @@ class World:
         for action in self.core.take_actions():
             if isinstance(action, Stop):
                 self.stopped = action.reason
+            elif isinstance(action, Silent):
+                self.silent.append(action)
             elif worker := self.workers.get(action.to):
                 worker.take(action.message)
 
@@ -128,9 +131,10 @@ class World:
         del self.workers[name]
         self.advance(self.config.heartbeat_limit + 1)
 
-    def leave(self, name: str) -> None:
+    def leave(self, name: str, died: bool = False) -> None:
+        """With a goodbye; `died`: because its engine did."""
         del self.workers[name]
-        self.core.goodbye(name, self.now)
+        self.core.goodbye(name, self.now, died=died)
         self.deliver()
 
     def advance(self, seconds: float) -> None:
@@ -140,12 +144,12 @@ class World:
         self.core.tick(self.now)
         self.deliver()
 
-    def load(self, worker: FakeWorker, error: str = "") -> None:
+    def load(self, worker: FakeWorker, error: str = "", **timings: float) -> None:
         """`worker` has loaded the weights it was told to load, or could not."""
         told = worker.updates.pop(0)
         if not error:
             worker.version, worker.path = told.version, told.path
-        reply = m.WeightsLoaded(worker.name, told.version, told.published_at, error=error)
+        reply = m.WeightsLoaded(worker.name, told.version, told.published_at, timings=timings, error=error)
         self.core.weights_loaded(reply, self.now)
         self.deliver()
 

@@ -97,6 +97,20 @@ def test_a_refused_version_is_sent_again_after_a_pause():
     assert [u.version for u in worker.updates] == [0]
 
 
+def test_a_refused_version_that_was_overtaken_is_followed_by_the_newest_at_once():
+    world = World(config(max_staleness=3), 20)
+    worker = start(world)
+    finish(world, worker, 0, 1, 2, 3)
+    world.get_batch(0)
+    world.publish(1)
+    world.get_batch(1)
+    world.publish(2)
+    world.load(worker, error="version 1 is gone")
+    assert [u.version for u in worker.updates] == [2]
+    world.load(worker, error="version 2 is gone")
+    assert not worker.updates  # but not for ever
+
+
 # --- Batches and staleness -----------------------------------------------------------------------------------------
 
 
@@ -216,6 +230,23 @@ def test_the_batch_says_how_stale_it_is():
     final = world.core.finish(world.now)
     assert final["staleness_histogram"] == {"0": 2, "1": 2} and final["max_staleness"] == 1
     assert final["trained_samples"] == 8 and final["staleness_bound"] == 1
+
+
+def test_the_batch_says_what_the_slowest_worker_took_for_its_last_update():
+    world = World(config(max_staleness=3), 20)
+    a, b = start(world, "a"), start(world, "b")
+    for worker in (a, b):
+        for slot in list(worker.work):
+            world.done(worker, slot)
+    world.get_batch(0)
+    world.publish(1)
+    world.load(a, load=0.2, pause=0.3)
+    world.load(b, load=0.1, pause=0.4)
+    report = world.get_batch(1).report
+    assert {name: report[name] for name in report if name.startswith("update/")} == {
+        "update/load": 0.2,
+        "update/pause": 0.4,
+    }
 
 
 # --- Filtering, failures, quarantine -------------------------------------------------------------------------------
@@ -356,7 +387,19 @@ def test_a_worker_that_comes_back_keeps_what_nobody_else_got():
     world.audit()
 
 
-def test_a_prompt_that_kills_its_workers_is_put_away_and_the_others_are_not():
+def test_a_worker_whose_engine_died_hands_its_samples_over_at_once_and_none_of_them_has_failed():
+    world = World(config(max_attempts=1), 20)
+    a, b = start(world, "a", 4), start(world, "b", 8)
+    had, now = set(a.work), world.now
+    world.leave("a", died=True)
+    assert had <= set(b.work) and world.now == now and world.core.counters["workers_died"] == 1
+    assert not world.core.failed and not world.core.counters["quarantined"]
+    world.train(3)
+    world.audit()
+
+
+@pytest.mark.parametrize("die", [World.die, lambda w, name: w.leave(name, died=True)], ids=["silent", "goodbye"])
+def test_a_prompt_that_kills_its_workers_is_put_away_and_the_others_are_not(die):
     world = World(config(max_attempts=2, group_size=1, batch_size=2, max_staleness=3), 40)
     crashes = 0
     for life in range(12):
@@ -365,7 +408,7 @@ def test_a_prompt_that_kills_its_workers_is_put_away_and_the_others_are_not():
             poisoned = [slot for slot, work in worker.work.items() if work.task.record["prompt"] == "1"]
             if poisoned:
                 crashes += 1
-                world.die(worker.name)
+                die(world, worker.name)
                 break
             world.done(worker, min(worker.work))
         if worker.name in world.workers:

@@ -124,6 +124,35 @@ def test_a_killed_controller_is_followed_by_one_that_knows_everything(tmp_path):
     assert not (tmp_path / "controller").exists(), "the journal goes with the run"
 
 
+def test_told_to_end_with_all_the_others_the_controller_stays_for_the_trainers_last_checkpoint(tmp_path):
+    """Slurm, and the guardian of a killed launcher, end all processes at once; the trainer may be inside a step."""
+
+    async def body():
+        loop = asyncio.get_running_loop()
+        core = Core(CONFIG, RECORDS, now=loop.time())
+        async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
+            service = Service(core, server, "test", loop.time)
+            running = asyncio.create_task(service.run())
+            hello = m.Hello(role="trainer", name="trainer-0", host="h", pid=1)
+            async with Client("trainer-0", tmp_path, hello=lambda: hello) as client:
+                await client.send(m.Heartbeat(name="trainer-0", phase="training", clock={}))
+                while not core.alive("trainer"):
+                    await asyncio.sleep(0.01)
+                service.end("the controller got SIGTERM")
+                done, _ = await asyncio.wait([running], timeout=1.5)
+                assert not done, "the controller has left before the trainer"
+                state = await asyncio.to_thread(ask_state)
+                await client.send(m.Goodbye(name="trainer-0"))
+                assert await asyncio.wait_for(running, 10) is None
+                return state
+
+    def ask_state():
+        with SyncClient("trainer-0-asks", tmp_path) as client:
+            return client.request(m.GetState(0), 10)
+
+    assert isinstance(asyncio.run(asyncio.wait_for(body(), 60)), m.State)
+
+
 def test_damaged_messages_change_nothing(tmp_path):
     """Thousands of malformed messages, muted peers and strangers' results, while a run goes on beside them."""
     frames = []

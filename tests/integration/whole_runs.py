@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from areal_jax.launch import child
+
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "configs" / "toy"
 
@@ -18,7 +20,8 @@ def environment() -> dict[str, str]:
 
 def python(*arguments, timeout: float) -> subprocess.CompletedProcess:
     """Runs this interpreter in the repository; shows its output if it fails."""
-    command = [sys.executable, *map(str, arguments)]
+    command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # killed tests leave no run behind
+    command += [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=timeout, capture_output=True, text=True)
     print(done.stdout[-4000:], done.stderr[-4000:])
     return done

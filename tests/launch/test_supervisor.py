@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor, describe_exit, diagnosis
+from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.weights import store
 
 FOREVER = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); signal.pause()"
@@ -85,16 +87,15 @@ def test_a_role_that_says_that_the_run_cannot_go_on_is_believed(tmp_path, code):
 
 
 def test_one_of_several_workers_may_be_given_up(tmp_path):
-    state = {}
+    told, done = [], tmp_path / "done"
 
     def tick(supervisor):
-        if any("given up" in line for line in state["told"]):
-            os.kill(supervisor.pid("trainer"), signal.SIGUSR1)
+        if any("given up" in line for line in told):
+            done.touch()
 
-    trainer = "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); signal.pause()"
-    told = state["told"] = []
+    trainer = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
     roles = [role("rollout-0", CRASH, restarts=1, peers="rollout"), role("rollout-1", FOREVER, peers="rollout")]
-    supervisor = Supervisor([role("trainer", trainer), *roles], ["trainer"], tmp_path, grace=5, tell=told.append)
+    supervisor = Supervisor([role("trainer", trainer, done), *roles], ["trainer"], tmp_path, grace=5, tell=told.append)
     outcome = supervisor.run(lambda: tick(supervisor), interval=0.01)
     assert outcome.status == "finished"
     assert told[-1] == "rollout-0 ended with exit code 1 2 times in a row and is given up; others go on: 1"
@@ -125,11 +126,6 @@ def test_a_signal_ends_the_trainer_first_and_a_role_that_ignores_it_is_killed(tm
 def test_exit_codes_that_restarts_cannot_change(tmp_path, code, status):
     outcome, told, supervisor = run(tmp_path, role("trainer", f"raise SystemExit({code})", restarts=5))
     assert outcome.status == status and supervisor.restarts == 0 and not told
-
-
-def test_a_role_without_a_checkpoint_is_not_started_again(tmp_path):
-    outcome, _, _ = run(tmp_path, role("trainer", CRASH, restarts=5, may_restart=lambda: False))
-    assert outcome == Outcome("failed", "trainer ended with exit code 1", "trainer")
 
 
 def test_grandchildren_go_with_their_role(tmp_path):
@@ -184,3 +180,36 @@ def test_the_diagnosis_is_the_last_error_of_the_log():
     assert diagnosis([*log, "bye"]) == "zmq.error.ZMQError: taken"
     assert diagnosis(["a", "b", ""]) == "b"
     assert diagnosis([]) == "its log is empty"
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced_when_the_controller_says_so(tmp_path):
+    """Its first life stops itself; a report about another process of that name changes nothing."""
+    lives = tmp_path / "lives"
+    lives.touch()
+    program = (
+        "import os, signal, sys; f = open(sys.argv[1], 'a+'); f.write('x'); f.flush(); f.seek(0)\n"
+        "if len(f.read()) == 1: os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    until = "import os, sys, time\nwhile os.path.getsize(sys.argv[1]) < 2: time.sleep(0.01)"
+
+    reports = []
+
+    def tick(supervisor):
+        if lives.stat().st_size == 1 and len(reports) < 2 and not (tmp_path / "silent" / "rollout-0").exists():
+            pid = supervisor.pid("rollout-0") + (not reports)  # the first report is about somebody else
+            reports.append(Silence(socket.gethostname(), pid, 61.0, "generating"))
+            report_silence(tmp_path, "rollout-0", reports[-1])
+
+    worker = role("rollout-0", program, lives, restarts=1, peers="rollout")
+    outcome, told, supervisor = run(tmp_path, role("trainer", until, lives), worker, tick=tick)
+    assert outcome.status == "finished" and supervisor.restarts == 1
+    assert told[0] == "rollout-0 is killed: the controller has heard nothing from it for 61 s (it was generating)"
+
+
+def test_a_run_that_the_controller_has_ended_is_not_begun_again(tmp_path):
+    controller = role("controller", "raise SystemExit('controller: the run cannot go on: nobody is there')", restarts=3)
+    outcome, _, supervisor = run(tmp_path, role("trainer", FOREVER), controller)
+    assert outcome.status == "failed" and supervisor.restarts == 3  # exit code 1: it may have been anything
+    controller = role("controller", "raise SystemExit(70)", restarts=3)
+    outcome, _, supervisor = run(tmp_path, role("trainer", FOREVER), controller)
+    assert outcome.role == "controller" and supervisor.restarts == 0

@@ -53,6 +53,22 @@ def test_lines_and_screen_show_the_numbers():
         assert expected in text.getvalue(), expected
 
 
+def test_the_mismatch_of_engine_and_trainer_is_shown_with_its_warning(tmp_path, capsys):
+    from areal_jax.launch.view import LineView
+    from areal_jax.metrics.writers import MetricsWriter
+
+    panel = {"mismatch/logprob_abs_diff_mean": 0.02, "mismatch_stale/logprob_abs_diff_mean": 0.3}
+    row = {"reward/mean": 0.5} | panel | {"warning": "engine and trainer disagree at lag 0: it has a direction"}
+    text = io.StringIO()
+    Console(file=text, width=120).print(screen(snapshots.snapshot([{"step": 1} | row], {}, CONFIG), "x", 1.0, []))
+    assert "2.0e-02 at lag 0, 3.0e-01 at lag > 0" in text.getvalue() and "it has a direction" in text.getvalue()
+    view = LineView(CONFIG, tmp_path)
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, row)
+        view.tick()
+    assert "warning: engine and trainer disagree at lag 0" in capsys.readouterr().out
+
+
 def test_lines_come_once_each_and_a_late_evaluation_is_not_lost(tmp_path, capsys):
     from areal_jax.launch.view import LineView
     from areal_jax.metrics.writers import MetricsWriter

@@ -22,7 +22,11 @@ def test_a_resumed_run_appends_and_the_newest_line_of_a_step_counts(tmp_path):
                 writer.write(step, {"who": name})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "eval/accuracy": 0.5}\n{"step": 5, "who"')  # killed in the middle of a line
+    assert read_metrics(tmp_path)[-1]["step"] == 4
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(5, {"who": "third"})
     rows = read_metrics(tmp_path)
+    assert rows.pop() == {"step": 5, "who": "third"}
     assert rows[-1] == {"step": 4, "who": "second", "eval/accuracy": 0.5}
     assert [(row["step"], row["who"]) for row in rows] == [
         (0, "first"), (1, "first"), (2, "second"), (3, "second"), (4, "second"),

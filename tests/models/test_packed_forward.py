@@ -1,7 +1,6 @@
 """Packed rows equal separate sequences, forward and gradient; nothing flows backwards or between segments."""
 
 import functools
-import inspect
 import itertools
 
 import jax
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from areal_jax import models
-from areal_jax.models import attention_cudnn
 from areal_jax.models.attention import attention, masked_attention
 from tests.models import tiny
 
@@ -135,71 +133,3 @@ def test_unknown_choices_are_refused():
         model.with_(remat="most")
     with pytest.raises(models.ModelError, match="'flash' is unknown; known: auto, xla, cudnn"):
         model.with_(attention="flash")
-
-
-# -- cuDNN, as far as a machine without a GPU can tell -----------------------------------------------------------------
-
-
-def test_segment_table_lists_every_segment():
-    segment_ids = np.array([[1, 1, 1, 5, 5, 2, 0, 0], [0, 3, 3, 0, 4, 4, 4, 4], [1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
-    lengths, starts, fits = attention_cudnn.segment_table(segment_ids, 4)
-    np.testing.assert_array_equal(lengths, [[3, 2, 1, -1], [2, 4, -1, -1], [1, 1, 1, 1]])
-    np.testing.assert_array_equal(starts, [[0, 3, 5, -1, -1], [1, 4, -1, -1, -1], [0, 1, 2, 3, -1]])
-    assert fits.tolist() == [True, True, False]
-
-
-def test_grouped_queries_are_refused_where_jax_is_wrong():
-    for version in ((0, 10, 2), (0, 11, 0)):
-        with pytest.raises(models.ModelError, match=r"4 heads on 2.*wrong numbers in jax 0\.1.*>= 0\.11\.1"):
-            attention_cudnn.require(jnp.bfloat16, heads=4, kv_heads=2, head_dim=64, jax_version=version)
-    with pytest.raises(models.ModelError, match="needs bfloat16"):
-        attention_cudnn.require(jnp.float32, heads=4, kv_heads=2, head_dim=64, jax_version=(0, 11, 1))
-    with pytest.raises(models.ModelError, match="head_dim"):
-        attention_cudnn.require(jnp.bfloat16, heads=4, kv_heads=2, head_dim=20, jax_version=(0, 12, 0, 1))
-
-
-@pytest.fixture
-def pretend_hopper(monkeypatch):
-    """Lets the private call be traced, not run, on any machine."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
-    monkeypatch.setattr(attention_cudnn, "require", lambda *args, **kwargs: None)
-    return cudnn
-
-
-def test_the_private_call_has_the_arguments_we_name(pretend_hopper):
-    known = inspect.signature(pretend_hopper.dot_product_attention).parameters
-    named = "query key value q_seqlen kv_seqlen q_offsets kv_offsets scale mask_type qkv_layout sliding_window_length"
-    assert set(named.split()) <= set(known)
-    assert pretend_hopper.has_padding(pretend_hopper.MaskType.PADDING_CAUSAL)
-    assert pretend_hopper.get_max_seg_per_batch(jnp.zeros((2, 5))) == 4  # [B, M + 1] offsets mean M segments
-
-
-@pytest.mark.parametrize("remat, runs", [("none", 1), ("full", 2), ("attention", 1)])
-def test_with_its_outputs_kept_the_flash_kernel_runs_once(pretend_hopper, remat, runs):
-    model, params = tiny.model_and_params("mistral")
-    model = model.with_(compute_dtype="bfloat16", attention="cudnn", remat=remat)
-    batch = tiny.packed(2, 64)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda p: model.hidden(p, *batch).astype(jnp.float32).sum()))(params)
-    assert str(jaxpr).count("dot_product_attention_fwd") == runs
-
-
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("heads, kv_heads, window", [(4, 4, None), (8, 2, None), (8, 2, 33)])
-def test_cudnn_equals_xla_forward_and_gradient(heads, kv_heads, window):
-    rng = np.random.default_rng(0)
-    segment_ids = tiny.packed(3, 256, segments=5)[2]
-    q, g = (jnp.asarray(rng.standard_normal((3, 256, heads, 64)), jnp.bfloat16) for _ in range(2))
-    k, v = (jnp.asarray(rng.standard_normal((3, 256, kv_heads, 64)), jnp.bfloat16) for _ in range(2))
-    g = jnp.where((segment_ids != 0)[:, :, None, None], g, 0)
-
-    def run(implementation):
-        f = functools.partial(attention, segment_ids=segment_ids, window=window, implementation=implementation)
-        out, pullback = jax.vjp(f, q, k, v)
-        return [jnp.where((segment_ids != 0)[:, :, None, None], x, 0) for x in (out, *pullback(g))]
-
-    for got, want in zip(run("cudnn"), run("xla")):
-        np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=5e-2, rtol=5e-2)

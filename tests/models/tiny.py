@@ -33,8 +33,7 @@ def _hf(architecture: str, model_type: str, **extra):
     return COMMON | {"architectures": [architecture], "model_type": model_type} | extra
 
 
-# Every way in which a checkpoint of these families can differ. The Llama entry uses the old rope keys, Qwen3 the new
-# ones.
+# Every way in which a checkpoint of these families can differ. The Llama entry has the old rope keys, Qwen3 the new.
 CONFIGS = {
     "qwen2-tied": _hf("Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_theta=1e4),
     "qwen2-untied": _hf("Qwen2ForCausalLM", "qwen2", tie_word_embeddings=False, rope_theta=1e6),

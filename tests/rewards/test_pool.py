@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import msgspec
@@ -11,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from areal_jax.rewards import Failure, Score, VerifierError, VerifierPool
+from areal_jax.rewards import Failure, Score, VerifierError, VerifierPool, process
 from areal_jax.rewards.loading import load_verifier
 
 HERE = "tests.rewards.verifiers"
@@ -197,3 +198,16 @@ def test_outcomes_travel_as_msgpack():
 def test_the_package_imports_without_jax():
     code = "import sys, areal_jax.rewards; sys.exit(any(m in sys.modules for m in ('jax', 'torch', 'sympy', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_folders_of_a_killed_service_are_swept_and_those_in_use_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, descriptor = process.make_folder()
+    other = tmp_path / "not-ours"
+    other.mkdir()
+    process.sweep_folders()
+    assert os.path.isdir(folder) and other.is_dir()
+    (tmp_path / os.path.basename(folder) / "scratch").write_text("x")
+    os.close(descriptor)  # as when its holder is killed
+    process.sweep_folders()
+    assert not os.path.exists(folder) and other.is_dir()

@@ -49,7 +49,8 @@ def test_a_sample_from_hello_to_trajectory(tmp_path):
         assert t.metrics == {"accuracy": 1.0}
         assert world.engine.requests[1].key == (11, -1, 0) and world.engine.requests[1].sampling.temperature == 0.0
         await world.say(Shutdown(reason="that was all"))
-        assert (await world.receive(Goodbye)).reason == "that was all"
+        goodbye = await world.receive(Goodbye)
+        assert goodbye.reason == "that was all" and not goodbye.died
         assert await world.running == 0 and world.engine.closed
 
     play(World(tmp_path), story)
@@ -119,9 +120,8 @@ def test_the_death_of_the_engine_is_reported_and_ends_the_worker(tmp_path):
         await world.heartbeat("generating")
         world.engine.die()
         gate.set()
-        failed = await world.receive(SampleFailed)
-        assert failed.error == "engine_died" and "a test killed it" in failed.detail
-        assert "a test killed it" in (await world.receive(Goodbye)).reason
+        said = await world.receive((SampleFailed, Goodbye))  # no sample failed: others will run them
+        assert isinstance(said, Goodbye) and said.died and "a test killed it" in said.reason
         assert await world.running == 3
 
     play(World(tmp_path), story)
@@ -163,7 +163,8 @@ def test_tasks_wait_for_the_first_weights_and_the_newest_version_is_loaded(tmp_p
         await world.score(1.0)
         seen = [await world.receive((WeightsLoaded, SampleDone)) for _ in range(2)]
         [loaded] = [m for m in seen if isinstance(m, WeightsLoaded)]
-        assert loaded.version == 5 and loaded.timings == {"pause": 0.5} and world.engine.loads == [3, 5]
+        assert loaded.version == 5 and world.engine.loads == [3, 5]
+        assert loaded.timings.keys() == {"pause", "latency"} and loaded.timings["pause"] == 0.5
 
     play(World(tmp_path), story)
 
@@ -215,6 +216,8 @@ def test_a_restarted_controller_is_greeted_again_and_told_what_runs(tmp_path):
         assert message.version == 0 and message.running == [(0, 0, 2), (0, 1, 2)]
         await world.say(Welcome(run="test", heartbeat_seconds=0.02))
         await world.say(Cancel(tasks=[(0, 0)]))
+        while not world.engine.cancelled:  # before the other may end: its score comes by another socket
+            await world.controller.receive()
         world.engine.gates["y"].set()
         await world.score(1.0)
         while not isinstance(message, SampleDone):

@@ -78,9 +78,9 @@ class FakeController:
         return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
 
 
-def prepare(folder, **trainer):
+def prepare(folder, width=16, **trainer):
     """A run's folder with a toy checkpoint and a config; returns (workdir, resolved config)."""
-    model = toy.make_model(width=16, layers=1, heads=2)
+    model = toy.make_model(width=width, layers=1, heads=2)
     models.export_hf(model, model.init(jax.random.key(0)), folder / "model", dtype="float32")
     config = resolve(
         {

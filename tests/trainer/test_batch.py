@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -104,7 +106,9 @@ def test_advantage_and_mesh_settings_are_checked():
 
 
 def report_of(mean, worst, kl):
-    return {"mismatch/logprob_abs_diff_mean": mean, "mismatch/logprob_abs_diff_max": worst, "mismatch/kl": kl}
+    probabilities = {"mismatch/prob_diff_mean": 0.0, "mismatch/prob_abs_diff_mean": mean}
+    logprobs = {"mismatch/logprob_abs_diff_mean": mean, "mismatch/logprob_abs_diff_max": worst, "mismatch/kl": kl}
+    return logprobs | probabilities
 
 
 @pytest.mark.parametrize(
@@ -121,6 +125,55 @@ def report_of(mean, worst, kl):
 def test_a_mismatch_is_reported_with_its_likely_cause(found, cause):
     warning = measure.diagnose(found, compute_dtype="float32")
     assert (cause in warning) if cause else warning == ""
+
+
+def disagreement(cause, tokens=4000, vocabulary=64):
+    """[N] log-probs that trainer and engine give to N sampled tokens when one thing is wrong at the engine."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0.0, 2.0, (tokens, vocabulary)).astype(np.float32)
+
+    def softmax(x):
+        x = x - x.max(1, keepdims=True)
+        return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+    trainer = engine = softmax(logits)
+    drawn_from = trainer
+    if cause == "temperature":
+        engine = drawn_from = softmax(logits / 0.9)
+    elif cause == "processed":  # top-p 0.8 is applied, and the log-probs of before are reported
+        order = np.argsort(-trainer, axis=1)
+        mass = np.cumsum(np.take_along_axis(np.exp(trainer), order, 1), 1)
+        kept = np.zeros_like(trainer, bool)
+        np.put_along_axis(kept, order, mass - np.take_along_axis(np.exp(trainer), order, 1) < 0.8, 1)
+        drawn_from = trainer = softmax(np.where(kept, logits, -1e9))
+    elif cause == "head":
+        engine = drawn_from = softmax(logits.astype(ml_dtypes.bfloat16).astype(np.float32))
+    elif cause == "stale":  # at an update, one token in a hundred is of other logits
+        other = rng.normal(0.0, 2.0, (tokens, vocabulary)).astype(np.float32)
+        engine = drawn_from = softmax(np.where(np.arange(tokens)[:, None] % 100 == 0, other, logits))
+    draw = np.argmax(drawn_from + rng.gumbel(size=logits.shape), axis=1)[:, None]
+    return tuple(np.take_along_axis(x, draw, 1)[:, 0] for x in (trainer, engine))
+
+
+@pytest.mark.parametrize(
+    ("cause", "named"),
+    [
+        ("nothing", ""),
+        ("temperature", "temperature"),
+        ("processed", "not the processed ones"),
+        ("head", "lower precision (of the engine, its head"),
+        ("stale", "caches that outlived their weights"),
+    ],
+)
+def test_what_is_really_wrong_is_the_cause_that_is_named(cause, named):
+    record = measure.Recorder()
+    trainer, engine = disagreement(cause)
+    fresh = np.ones(len(engine), bool)
+    record.mismatch(trainer, engine, fresh, ~fresh)
+    report = measure.finish(jax.device_get(record.sums))
+    assert 0.9 < report["mismatch/ess"] < 1.0 + 1e-5
+    warning = measure.diagnose(report, compute_dtype="float32")
+    assert named in warning and bool(warning) == bool(named), warning
 
 
 def test_the_guard_names_steps_without_anything_to_learn(tmp_path):

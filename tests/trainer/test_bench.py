@@ -4,10 +4,11 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from areal_jax.models import ModelConfig
+from areal_jax.models import Model, ModelConfig
 
 PATH = Path(__file__).parents[2] / "tools" / "bench_trainer.py"
 
@@ -27,6 +28,22 @@ def test_flops_are_those_of_the_formula(bench):
     untied = ModelConfig(**bench.SIZES["7B"])
     parameters = 7.6156e9 - 152064 * 3584  # the embedding table multiplies nothing
     assert bench.flops_per_step(untied, np.array([1])) == pytest.approx(6 * parameters + 6 * 28 * 28 * 128, rel=1e-3)
+
+
+# Parameters in millions, from the checkpoints' own cards (Qwen2.5 and Qwen3).
+PUBLISHED = {"0.5B": 494, "0.6B": 596, "1.5B": 1544, "7B": 7616}
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", *PUBLISHED])
+def test_every_size_has_a_training_step(bench, size):
+    """Forward and gradient of the network, by shapes alone: nothing is allocated, also for 7B."""
+    model = Model(ModelConfig(**bench.SIZES[size]), compute_dtype="bfloat16", remat="attention")
+    if size in PUBLISHED:
+        assert model.num_params() / 1e6 == pytest.approx(PUBLISHED[size], rel=2e-3)
+    rows = [jax.ShapeDtypeStruct((8, 2048), np.int32)] * 3
+    params = model.abstract_params()
+    gradients = jax.eval_shape(jax.grad(lambda p, *rows: model.token_logprobs(p, *rows)[0].sum()), params, *rows)
+    assert jax.tree.map(lambda g: (g.shape, g.dtype), gradients) == jax.tree.map(lambda p: (p.shape, p.dtype), params)
 
 
 def test_lengths_follow_the_mix(bench):

@@ -1,6 +1,10 @@
 """A checkpoint gives back every bit, on any mesh, and says what is wrong when it cannot."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +14,8 @@ from areal_jax import models
 from areal_jax.trainer import state
 from areal_jax.trainer.checkpoint import CheckpointError, Checkpoints, read_memory
 from tests.trainer import toy
+
+ROOT = Path(__file__).parents[2]
 
 
 def make_state(mesh, optimizer, version=3, seed=0, **options):
@@ -84,3 +90,55 @@ def test_the_newest_are_kept_and_wrong_ones_are_named(tmp_path, optimizer):
     with pytest.raises(CheckpointError, match=r"of another model: .*expected float32\[40, 64\]"):
         checkpoints.restore(make_state(mesh, optimizer, width=64))
     checkpoints.close()
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from areal_jax import models
+from areal_jax.trainer import state
+from areal_jax.trainer.checkpoint import Checkpoints
+from tests.trainer import toy
+from tests.trainer.test_checkpoint import at_version, make_state
+import jax
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+folder, moment = sys.argv[1:]
+mesh = models.make_mesh(jax.devices()[:1])
+optimizer = state.make_optimizer(toy.settings())
+checkpoints = Checkpoints(folder)
+checkpoints.save(at_version(make_state(mesh, optimizer), 1), b"one", {"n": 1}, wait=True)
+if moment == "before it gets its name":
+    os.rename = os.replace = die  # the last thing that happens to a checkpoint
+checkpoints.save(at_version(make_state(mesh, optimizer, seed=1), 2), b"two", {"n": 2})
+if moment == "while it is written":
+    die()
+checkpoints.wait()
+die()
+"""
+
+
+def at_version(made, version):
+    return dataclasses.replace(made, version=jax.device_put(np.int32(version), made.version.sharding))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "newest"), [("while it is written", 1), ("before it gets its name", 1), ("after it got its name", 2)]
+)
+def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_one_whole(tmp_path, optimizer, moment, newest):
+    arguments = [sys.executable, "-c", KILLED, str(tmp_path / "c"), moment]
+    killed = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    mesh = models.make_mesh(jax.devices()[:1])
+    expected = at_version(make_state(mesh, optimizer, seed=newest - 1), newest)
+    checkpoints = Checkpoints(tmp_path / "c")
+    restored = checkpoints.restore(expected)
+    assert restored.memory == {"n": newest} and restored.controller == (b"one", b"two")[newest - 1]
+    for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(restored.state), strict=True):
+        np.testing.assert_array_equal(np.asarray(want), np.asarray(got))
+    assert checkpoints.save(at_version(make_state(mesh, optimizer), 3), b"", {}, wait=True)
+    checkpoints.close()
+    assert not list((tmp_path / "c").glob("*tmp*"))

@@ -1,6 +1,7 @@
 """Several JAX processes are one trainer: the same batches give the same weights as a single process."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from areal_jax.launch import child
+from areal_jax.metrics.writers import read_metrics
 from areal_jax.transport import messages as m
 from tests.trainer import fake
 
@@ -18,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 def start(workdir, process):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", "areal_jax.trainer", "--workdir", str(workdir), "--process", str(process)]
+    command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when the tests do
+    command += [sys.executable, "-m", "areal_jax.trainer", "--workdir", str(workdir), "--process", str(process)]
     log = open(workdir / f"trainer-{process}.log", "w")  # noqa: SIM115
     return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=workdir)
 
@@ -76,6 +80,45 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path):
     assert controller.kinds()[0] == "SetState"
     assert controller.state.version in (1, 2)
     assert next(x.version for x in controller.log if isinstance(x, m.GetBatch)) == controller.state.version
+
+
+def room_for_files(trainer, size):
+    """No file of this process may grow beyond `size` bytes any more: what a full disk or a quota does to large ones."""
+    resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_the_last_whole_one(tmp_path):
+    workdir, _ = fake.prepare(tmp_path, width=128, steps=6, checkpoint_every=1, publish_dtype="bfloat16")
+    log = workdir / "trainer-0.log"
+    trainer, full = None, {2, 3, 5}
+
+    def limit(version):
+        weights = next(message.manifest.nbytes for message in controller.log if isinstance(message, m.Publish))
+        room_for_files(trainer, int(1.4 * weights) if version in full else resource.RLIM_INFINITY)  # checkpoints: x 2
+
+    with fake.FakeController(workdir) as controller:
+        controller.on_batch = limit
+        trainer = start(workdir, 0)
+        try:
+            assert trainer.wait(240) == 1, log.read_text()[-3000:]  # the last one had to be written
+            text = log.read_text()
+            assert "the checkpoint of version 3 could not be written" in text and "going on, the newest" in text
+            last = text.strip().splitlines()[-1]
+            assert last.startswith("areal_jax.trainer: CheckpointError: the checkpoint of version 6 could not be")
+            assert not list((workdir / "checkpoints").glob("*tmp*"))
+            failed = [row["checkpoint/failed"] for row in read_metrics(workdir)[1:]]
+            assert failed == sorted(failed) and failed[0] == 0 and failed[-1] >= 1
+            whole = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+            assert whole in (4, 5)  # that of 5 was begun before there was no room
+            controller.log.clear()
+            full.clear()
+            trainer = start(workdir, 0)
+            assert trainer.wait(240) == 0, log.read_text()[-3000:]
+        finally:
+            trainer.kill()
+    assert controller.state.version == whole and controller.state.data == b"state of %d" % whole
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [5, 6]
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ class Harness:
                 self.model, self.params(weights), exported, source=self.checkpoint, dtype=jnp.float32
             )
             self.checkpoint = exported
-            options["engine_args"] = {"load_format": "auto"}
+            options["engine_args"] = {"load_format": "auto"} | options.get("engine_args", {})
         self.checksums_from_disk = None
         self.publisher = Publisher(folder)
         self.loop = asyncio.new_event_loop()

@@ -3,11 +3,14 @@
 import asyncio
 import mmap
 
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
 
+from areal_jax import models
 from areal_jax.rollout.engine import EngineDied, WeightsRefused
+from areal_jax.weights import Publisher, cleanup
 from tests.vllm.processes import vllm_processes
 
 pytestmark = [
@@ -102,6 +105,24 @@ def test_vllm_workers_check_what_the_rollout_worker_has_not(harness):
     arguments = (msgspec.to_builtins(manifest), None, None, 10.0)
     refusals = harness.run(harness.engine._llm.collective_rpc("areal_jax_open_weights", args=arguments))
     assert len(refusals) == 1 and manifest.tensors[2].name in refusals[0]
+
+
+@pytest.mark.parametrize("transport", ["tcp", "disk"])
+def test_a_version_of_another_host_is_loaded(harness, transport, tmp_path, monkeypatch):
+    """The other host is played by another name and a folder of its own for shared memory."""
+    version = harness.engine.version + 1
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(harness.engine, "_workdir", str(tmp_path / "run"))  # where the keys would be
+    with Publisher(tmp_path / "run", transport=transport, shared_memory=tmp_path / "memory") as publisher:
+        named = models.to_hf(harness.model, harness.params(version), jnp.float32)
+        manifest = msgspec.structs.replace(publisher.publish(version, named), host="elsewhere")
+        harness.run(harness.engine.update_weights(manifest))
+    pulled = cleanup(tmp_path / "run")  # this host's copy
+    assert bool(pulled) == (transport == "tcp")
+    request = harness.request(15, 20)
+    completion = harness.run(harness.engine.generate(request))
+    assert (completion.versions == version).all()
+    np.testing.assert_allclose(completion.logprobs, harness.rescore(request, completion), atol=TOLERANCE)
 
 
 @pytest.mark.faults

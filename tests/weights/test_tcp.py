@@ -210,6 +210,23 @@ sys.stdin.read()
     assert not folder.exists()
 
 
+def test_copies_of_workers_that_were_all_killed_go_with_the_next_pull_on_that_host(publisher, hosts):
+    used = store.run_folder(hosts / "a run that lives", hosts / "there")
+    tcp._use(used)
+    left = store.run_folder(hosts / "another run", hosts / "there")
+    script = f"""
+import os
+from pathlib import Path
+from areal_jax.weights import tcp
+tcp._use(Path({str(left)!r}))
+os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert left.exists()
+    open_there(publisher.publish(0, tensors(0, 1).items()), hosts).close()
+    assert not left.exists() and used.exists()
+
+
 def test_waiting_for_another_puller_is_bounded(publisher, hosts):
     manifest = publisher.publish(0, tensors().items())
     folder = store.make_private(store.run_folder(hosts / "run", hosts / "there"))

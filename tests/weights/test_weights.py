@@ -10,6 +10,7 @@ import zlib
 import ml_dtypes
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from areal_jax.transport.messages import Manifest, Publish, decode, encode
@@ -51,6 +52,18 @@ def test_every_dtype_and_layout_arrives_exactly(publisher):
     assert set(publisher.timings) == {"convert", "copy", "megabytes"}
 
 
+def test_what_the_source_of_the_tensors_has_measured_is_reported_apart(publisher):
+    measured = {}
+
+    def gathered():
+        for name, array in tensors().items():
+            measured["gather"] = measured.get("gather", 0.0) + 2.0  # as if each had taken two seconds
+            yield name, array
+
+    publisher.publish(0, gathered(), measured=measured)
+    assert publisher.timings["gather"] == 10.0 and -10.0 < publisher.timings["convert"] < 0.0  # taken off there
+
+
 def test_manifest_survives_the_wire(publisher):
     manifest = publisher.publish(0, tensors().items())
     assert decode(encode(Publish(manifest))).manifest == manifest
@@ -81,7 +94,8 @@ def test_pages_are_used_again_when_nobody_reads_them(publisher):
     for v in range(6):
         manifest = publisher.publish(v, tensors(v, scale=6 - v).items())
         inodes.append(os.stat(manifest.path).st_ino)
-        assert os.stat(manifest.path).st_size == manifest.nbytes
+        name = store.file_name(v, manifest.tensors) if publisher.transport == "shm" else ""
+        assert os.stat(manifest.path).st_size == manifest.nbytes + len(name)
         with open_version(manifest) as version:
             same(version, tensors(v, scale=6 - v))
     if publisher.transport == "shm":
@@ -105,7 +119,7 @@ def test_a_flipped_byte_is_refused_and_named(publisher):
 def test_a_short_file_is_refused_and_named(publisher):
     manifest = publisher.publish(0, tensors().items())
     os.truncate(manifest.path, manifest.nbytes - 1)
-    with pytest.raises(WeightsRefused, match="scalar is cut off"):
+    with pytest.raises(WeightsRefused, match="scalar is cut off" if publisher.transport == "disk" else "is gone"):
         open_version(manifest)
 
 
@@ -126,8 +140,9 @@ def test_layouts_are_compared_by_name(publisher):
         same_layout(a, publisher.publish(3, list(tensors().items())[:-1]))
 
 
-def test_what_cannot_be_published_leaves_nothing(publisher):
+def test_what_cannot_be_published_leaves_nothing(publisher, tmp_path):
     before = publisher.publish(0, tensors().items())
+    descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ValueError, match="a came twice"):
         publisher.publish(1, [*tensors().items(), ("a", np.zeros(2, np.float32))])
     with pytest.raises(ValueError, match="object, which is not carried"):
@@ -141,7 +156,9 @@ def test_what_cannot_be_published_leaves_nothing(publisher):
 
     with pytest.raises(RuntimeError, match="device was lost"):
         publisher.publish(1, dies())
-    assert [p.name for p in os.scandir(os.path.dirname(before.path))] == [os.path.basename(before.path)]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    files = [str(path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == ([before.path] if publisher.transport == "disk" else [])
     with open_version(before) as version:
         same(version, tensors())
 
@@ -172,31 +189,65 @@ def test_full_shared_memory_moves_to_the_workdir(tmp_path, monkeypatch):
 def test_files_belong_to_their_owner_alone(publisher):
     manifest = publisher.publish(0, tensors().items())
     assert os.stat(manifest.path).st_mode & 0o777 == 0o600
-    assert os.stat(os.path.dirname(manifest.path)).st_mode & 0o777 == 0o700
+    assert os.stat(os.path.dirname(manifest.path)).st_mode & 0o077 in (0, 0o055)  # of /proc/PID/fd, or the disk's
+    if publisher.transport == "disk":
+        assert os.stat(os.path.dirname(manifest.path)).st_mode & 0o777 == 0o700
 
 
 def test_a_planted_folder_is_not_used(tmp_path):
-    folder = store.run_folder(tmp_path / "run", tmp_path)
+    folder = store.disk_folder(tmp_path)
     folder.symlink_to(tmp_path)
     with pytest.raises((PermissionError, FileExistsError)):
-        Publisher(tmp_path / "run", shared_memory=tmp_path)
+        Publisher(tmp_path, transport="disk")
 
 
-def test_a_crashed_run_is_cleaned_up(tmp_path):
-    """A publisher that was killed leaves files; `cleanup`, or the next publisher of the run, removes them."""
-    script = (
-        "import os, numpy as np; from areal_jax.weights import Publisher; "
-        f"print(Publisher({str(tmp_path)!r}).publish(0, [('a', np.ones(9, np.float32))]).path, flush=True); os._exit(9)"
-    )
-    run = [sys.executable, "-c", script]
-    path = subprocess.run(run, capture_output=True, text=True, timeout=60).stdout.strip()
-    assert path.startswith("/dev/shm/areal_jax-") and os.path.exists(path)
-    assert cleanup(tmp_path) == [store.run_folder(tmp_path)]
-    assert not os.path.exists(path) and cleanup(tmp_path) == []
-    path = subprocess.run(run, capture_output=True, text=True, timeout=60).stdout.strip()
-    with Publisher(tmp_path):
-        assert not os.path.exists(path)
-    assert not store.run_folder(tmp_path).exists()
+def test_a_killed_publisher_leaves_nothing_in_shared_memory(tmp_path):
+    """It may be killed at any moment, and with it everybody who could clean up: in the middle of a version, too."""
+    script = f"""
+import numpy as np
+from pathlib import Path
+from areal_jax.weights import Publisher
+publisher = Publisher({str(tmp_path)!r}, shared_memory=Path({str(tmp_path)!r}))
+print(publisher.publish(0, [("a", np.ones(9, np.float32))]).path, flush=True)
+def never_ends():
+    yield "a", np.ones(1 << 20, np.float32)
+    print("half", flush=True)
+    while True: pass
+publisher.publish(1, never_ends())
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    path = process.stdout.readline().strip()
+    assert process.stdout.readline() == "half\n"
+    assert os.path.exists(path) and not list(tmp_path.iterdir())  # there, but not by any name
+    process.kill()
+    process.communicate()
+    assert not os.path.exists(path) and not list(tmp_path.iterdir())
+
+
+def test_thousands_of_versions_leave_memory_and_descriptors_flat(publisher):
+    """Publisher, receiver, and readers that keep a version for a while."""
+    me, held, after_warm_up = psutil.Process(), [], None
+    for v in range(2000 if publisher.transport == "shm" else 400):
+        held.append(open_version(publisher.publish(v % 50, tensors(0).items())))
+        if len(held) == 3:
+            held.pop(0).close()
+        if v == 200:
+            after_warm_up = me.num_fds(), len(me.memory_maps(grouped=False)), me.memory_info().rss
+    assert me.num_fds() == after_warm_up[0]
+    assert len(me.memory_maps(grouped=False)) <= after_warm_up[1] + 5  # of the allocator
+    assert me.memory_info().rss < after_warm_up[2] + (8 << 20)
+    for version in held:
+        version.close()
+
+
+def test_what_killed_processes_left_on_the_disk_is_cleaned_up(tmp_path):
+    """A killed publisher leaves `weights/` in the workdir; `cleanup`, or the next publisher of the run, removes it."""
+    folder = store.make_private(store.disk_folder(tmp_path))
+    (folder / "v00000001-00000000.weights").write_bytes(b"old")
+    assert cleanup(tmp_path) == [folder] and cleanup(tmp_path) == []
+    (store.make_private(folder) / "v00000001-00000000.weights").write_bytes(b"old")
+    with Publisher(tmp_path, shared_memory=tmp_path):
+        assert not folder.exists()
 
 
 def test_checksums_are_crc32_of_the_bytes(publisher):

@@ -1,0 +1,53 @@
+"""Which processes a run has, and what each of them inherits."""
+
+import pytest
+
+from areal_jax import config as configs
+from areal_jax.config import ConfigError
+from areal_jax.launch.roles import roles_of
+from configs import quickstart
+
+
+def environments(tmp_path, **settings):
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(settings)
+    roles, _ = roles_of(configs.resolve(config), tmp_path)
+    return {role.name: role.env for role in roles}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    for name in ("MALLOC_MMAP_MAX_", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "expected"),
+    [("jax", "", {"trainer-0", "rollout-0"}), ("vllm", "", {"trainer-0"}), ("jax", "0,1", set())],
+)
+def test_processes_that_compute_with_jax_on_cpus_keep_their_buffers(tmp_path, monkeypatch, engine, gpus, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    found = environments(tmp_path, **{"rollout.engine": engine})
+    assert {name for name, env in found.items() if env.get("MALLOC_MMAP_MAX_") == "0"} == expected
+
+
+def test_a_setting_of_the_config_comes_before_what_the_launcher_would_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = {"launch.trainer_env": {"MALLOC_MMAP_MAX_": "7"}, "launch.env": {"A": "everywhere"}}
+    found = environments(tmp_path, **config)
+    assert found["trainer-0"]["MALLOC_MMAP_MAX_"] == "7"
+    assert {env["A"] for env in found.values()} == {"everywhere"}
+
+
+def test_rollout_workers_get_the_first_gpus_and_the_trainer_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    found = environments(tmp_path, **{"launch.rollout_gpus": 1, "rollout.workers": 2})
+    seen = {name: env.get("CUDA_VISIBLE_DEVICES") for name, env in found.items()}
+    assert (seen["rollout-0"], seen["rollout-1"], seen["trainer-0"]) == ("4", "5", "6,7")
+    assert all(found[name]["JAX_PLATFORMS"] == "cpu" for name in ("controller", "rewards-0"))
+
+
+def test_too_few_gpus_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ConfigError, match=r"launch\.rollout_gpus=1 .* leaves 0 of 1 GPUs"):
+        environments(tmp_path, **{"launch.rollout_gpus": 1})

@@ -1,0 +1,363 @@
+"""A whole run under random SIGKILLs, and its accounts at the end: python tools/soak.py --workdir=runs/soak
+
+Every few seconds one process is killed: a rollout worker, the reward service, the controller, the trainer, now and then
+the launcher itself, or everything at once; then the same command is started again. Meanwhile resident memory and open
+descriptors of every role are written down. `--minutes` after its first step the run is stopped by SIGINT, started once
+more for a few steps, and left to finish. Then every sample is looked for: none may be trained on twice, none lost, none
+too old; no process and no shared memory may be left. `--every=0` kills nobody: a run to see memory stay flat.
+
+Anything wrong is listed, and the exit code is 1. Needs psutil and, for the plot, matplotlib (the extra "dev").
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from areal_jax.launch import child  # noqa: E402
+from areal_jax.metrics.trained import read_trained  # noqa: E402
+from tools import accounts  # noqa: E402
+
+# How often whom: what starts in a second more often than what loads and compiles for half a minute.
+VICTIMS = {"controller": 5, "rewards": 4, "rollout": 2, "trainer": 0.7, "launcher": 0.1, "everything": 0.1}
+SETTINGS = {
+    "name": "soak", "data.train": "arithmetic:count=512,seed=1,min_terms=2,max_terms=6", "data.eval": "",
+    "controller.batch_size": 16, "controller.group_size": 4, "controller.max_staleness": 4,
+    "controller.heartbeat_limit": 10.0, "rollout.workers": 2, "rollout.slots": 32, "trainer.rows": 8,
+    "trainer.learning_rate": 1e-5, "trainer.checkpoint_every": 5, "trainer.eval_every": 0,
+    "launch.restarts": 10**6, "launch.trainer_restarts": 10**6, "launch.stop_grace": 60.0,
+    "metrics.view": "lines", "metrics.tensorboard": False,
+}  # fmt: skip
+ENDLESS = 10**6  # steps
+MARK = "AREAL_JAX_SOAK"  # in the environment of all processes of the run, which is how they are found
+ROLE = re.compile(r"areal_jax\.(rollout|rewards\.worker|rewards|controller|trainer|launch\.guardian|launch)\b")
+STEP_SECONDS = 600.0  # for one step, when nobody is killed
+GONE_SECONDS = 150.0  # for what is left to end, when the launcher was killed
+
+
+class Run:
+    """The run's processes from outside: found by a mark in their environment, as the launcher may be dead."""
+
+    def __init__(self, workdir: Path, overrides: list[str]):
+        self.workdir, self.overrides, self.mark = workdir, overrides, secrets.token_hex(8)
+        self.launcher: subprocess.Popen | None = None
+
+    def start(self, steps: int = ENDLESS) -> None:
+        settings = SETTINGS | {"trainer.steps": steps}
+        command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when this process does
+        command += [sys.executable, "-m", "areal_jax.launch", "--config=configs/quickstart.py"]
+        command += [f"--workdir={self.workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
+        with open(self.workdir.with_suffix(".log"), "ab") as log:
+            self.launcher = subprocess.Popen(
+                command + self.overrides, cwd=ROOT, env=os.environ | {MARK: self.mark}, stdout=log, stderr=log
+            )
+
+    def processes(self) -> list[psutil.Process]:
+        """All that live, whoever their parent is."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def roles(self) -> dict[str, list[psutil.Process]]:
+        """{"rollout-0": [its process, its children ...], ...}, "launcher" and "guardian" among them."""
+        groups: dict[int, list[psutil.Process]] = {}
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                groups.setdefault(os.getpgid(process.pid), []).append(process)
+        found = {}
+        for group, members in groups.items():
+            leader = next((p for p in members if p.pid in (group, self.launcher.pid)), None)
+            if leader is not None and (name := _name(leader)):
+                found[name] = [leader, *(p for p in members if p != leader)]
+        return found
+
+    def left(self, seconds: float) -> list[str]:
+        """Waits for all processes to end; what has not, in words."""
+        deadline = time.monotonic() + seconds
+        while (alive := self.processes()) and time.monotonic() < deadline:
+            self.launcher.poll()
+            time.sleep(0.1)
+        words = []
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                words.append(f"process {process.pid} was left: {' '.join(process.cmdline())[:120]}")
+        return words
+
+    def log(self, lines: int = 40) -> str:
+        """The end of what the launcher has printed."""
+        return "\n".join(self.workdir.with_suffix(".log").read_text().splitlines()[-lines:])
+
+    def shared_memory(self) -> list[str]:
+        """What the run has left in the memory file system."""
+        from areal_jax.weights import store
+
+        folder = store.run_folder(self.workdir)
+        return [f"{folder} was left"] if folder.exists() else []
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        words = " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+    if (match := ROLE.search(words)) is None:
+        return ""
+    kind = {"launch": "launcher", "launch.guardian": "guardian", "rewards.worker": "rewards-pool"}.get(
+        match[1], match[1]
+    )
+    index = re.search(r"--(?:index|process) (\d+)", words)
+    return f"{kind}-{index[1]}" if index else kind
+
+
+class Soak:
+    """Kills and measures `run` for some time; `events`, `series` and `problems` say what happened."""
+
+    def __init__(self, run: Run, seed: int, every: tuple[float, float] | None):
+        self.run, self.random, self.every = run, random.Random(seed), every
+        self.began = time.time()
+        self.events: list[dict[str, Any]] = []
+        self.series: list[dict[str, Any]] = []  # one row per second
+        self.problems: list[str] = []
+        self.steps: list[float] = []  # when each line of the trainer's record was seen
+
+    def one_step(self) -> None:
+        """Wait for the next training step, killing nobody."""
+        deadline, before = time.monotonic() + STEP_SECONDS, len(self.steps)
+        while len(self.steps) == before and not self.problems:
+            self.measure()
+            if self.run.launcher.poll() is not None or time.monotonic() > deadline:
+                self.problems.append(f"no step within {STEP_SECONDS:.0f} s: {self.run.log()}")
+            time.sleep(0.5)
+
+    def spend(self, seconds: float) -> None:
+        """Kill and measure for so long; ends early if the run ends, which it should not."""
+        end = time.monotonic() + seconds
+        next_kill = time.monotonic() + self._pause()
+        while (now := time.monotonic()) < end and not self.problems:
+            self.measure()
+            if (code := self.run.launcher.poll()) is not None:
+                self.problems.append(f"the run ended with exit code {code} although nobody had killed its launcher")
+            elif now >= next_kill:
+                self.kill()
+                next_kill = time.monotonic() + self._pause()
+            time.sleep(0.5)
+
+    def _pause(self) -> float:
+        return self.random.uniform(*self.every) if self.every else float("inf")
+
+    def measure(self) -> None:
+        """One row of memory (MB) and descriptors per role, children included; of complete roles only."""
+        row: dict[str, Any] = {"at": round(time.time() - self.began, 2)}
+        self.steps += [row["at"]] * (len(_lines(self.run.workdir)) - len(self.steps))
+        for name, members in self.run.roles().items():
+            with contextlib.suppress(psutil.Error):
+                memory = sum(p.memory_info().rss for p in members) / 1e6
+                row[name] = [round(memory, 1), sum(p.num_fds() for p in members), members[0].pid]
+        self.series.append(row)
+
+    def kill(self) -> None:
+        """SIGKILL to somebody who is there.
+
+        Mostly to one that has seen a step since its last death: on a slow machine the run must get on between two.
+        """
+        roles = self.run.roles()
+        kind = self.random.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+        names = sorted(name for name in roles if name.split("-")[0] == kind)
+        if kind in ("launcher", "everything"):
+            names = [kind]
+        if not names:
+            return
+        name, at = self.random.choice(names), round(time.time() - self.began, 2)
+        last = max((event["at"] for event in self.events if event["name"] == name), default=0.0)
+        idle = not self.steps or self.steps[-1] < last
+        if idle and (kind in ("launcher", "everything") or self.random.random() > 0.2):
+            return
+        self.events.append({"at": at, "kind": kind, "name": name})
+        if kind in ("launcher", "everything"):
+            victims = [self.run.launcher.pid] if kind == "launcher" else [p.pid for p in self.run.processes()]
+            self._start_again(victims, kind)
+        else:
+            with contextlib.suppress(psutil.Error):
+                roles[name][0].kill()
+
+    def _start_again(self, victims: list[int], kind: str) -> None:
+        started = time.monotonic()
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.run.launcher.wait()
+        left = self.run.left(GONE_SECONDS) + self.run.shared_memory()
+        self.events[-1]["gone_after"] = round(time.monotonic() - started, 2)
+        self.problems += [f"after the death of {kind}: {what}" for what in left]
+        self.run.start()
+
+    def finish(self, extra: int) -> int:
+        """Stop by SIGINT, start again for `extra` steps, wait for the end; returns the run's number of steps."""
+        self.run.launcher.send_signal(signal.SIGINT)
+        if (code := self.run.launcher.wait(GONE_SECONDS)) != 130:
+            self.problems.append(f"after SIGINT the launcher's exit code is {code}, not 130")
+        self.problems += self.run.left(1.0) + self.run.shared_memory()
+        trained = max(read_trained(self.run.workdir)) + 1
+        if (saved := accounts.newest_state(self.run.workdir).version) != trained:
+            self.problems.append(f"SIGINT came after step {trained}; the newest checkpoint is of version {saved}")
+        steps = saved + extra
+        self.run.start(steps)
+        deadline = time.monotonic() + 600.0
+        while self.run.launcher.poll() is None and time.monotonic() < deadline:
+            self.measure()
+            time.sleep(0.5)
+        if (code := self.run.launcher.poll()) != 0:
+            self.problems.append(f"the last leg's exit code is {code}")
+        self.problems += self.run.left(1.0) + self.run.shared_memory()
+        return steps
+
+
+def result(soak: Soak, steps: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures, and the accounts."""
+    workdir = soak.run.workdir
+    trained, state = read_trained(workdir), accounts.newest_state(workdir)
+    summary_path = workdir / "summary.json"
+    summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
+    bound, group_size = SETTINGS["controller.max_staleness"], SETTINGS["controller.group_size"]
+    wrong = accounts.problems(trained, state, steps=steps, bound=bound, group_size=group_size)
+    samples = sum(group.samples for groups in trained.values() for group in groups)
+    if summary.get("trained_samples") != samples:
+        wrong.append(f"{samples} samples were trained on, the summary says {summary.get('trained_samples')}")
+    lags = Counter(step - group.oldest for step, groups in trained.items() for group in groups)
+    # Of a step that was made again after going back to a checkpoint, the last time counts.
+    times = {json.loads(line)["version"]: at for line, at in zip(_lines(workdir), soak.steps, strict=False)}
+    return {
+        "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}",
+        "load_at_end": round(os.getloadavg()[0], 2),
+        "minutes": options.minutes, "seed": options.seed, "kills": dict(Counter(e["kind"] for e in soak.events)),
+        "steps": steps, "steps_made_again": len(_lines(workdir)) - len(trained), "samples": samples,
+        "samples_per_second": round(samples / max(soak.steps), 2),
+        "epochs_finished": len(state.ledger.epochs_done), "groups_by_lag": dict(sorted(lags.items())), "bound": bound,
+        "quarantined": state.ledger.totals.get("quarantined", 0),
+        "late_or_duplicate_results_refused": summary.get("late_results", 0) + summary.get("duplicate_results", 0),
+        "longest_end_after_launcher_killed": max((e.get("gone_after", 0.0) for e in soak.events), default=0.0),
+        "roles": growth(soak.series), "problems": soak.problems + wrong,
+        "events": soak.events, "series": soak.series,
+        "trained": [[at, sum(group.samples for group in trained[i])] for i, at in times.items() if i in trained],
+    }  # fmt: skip
+
+
+def _lines(workdir: Path) -> list[str]:
+    """Whole lines of the trainer's record."""
+    path = workdir / "trained.jsonl"
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+
+
+def growth(series: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Per role: greatest memory (MB) and descriptors, and those of its longest life, one third and at the end of it."""
+    found = {}
+    for name in sorted({name for row in series for name in row} - {"at"}):
+        rows = [row[name] for row in series if name in row]
+        pid, _ = Counter(row[2] for row in rows).most_common(1)[0]
+        life = [row for row in rows if row[2] == pid]
+        early, late = life[len(life) // 3], life[-1]
+        found[name] = {
+            "lives": len({row[2] for row in rows}), "mb_max": max(row[0] for row in rows),
+            "fds_max": max(row[1] for row in rows), "longest_life_rows": len(life),
+            "mb_after_a_third": early[0], "mb_last": late[0], "fds_after_a_third": early[1], "fds_last": late[1],
+        }  # fmt: skip
+    return found
+
+
+def draw(found: dict[str, Any], path: Path, window: float = 30.0) -> None:
+    """Samples per second (over `window`), memory and descriptors by role; kills are the marks at the top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (rate, memory, files) = plt.subplots(3, 1, figsize=(11, 8.5), sharex=True)
+    end = max(at for at, _ in found["trained"])
+    times = [i * window / 3 for i in range(int(3 * end / window) + 1)]
+    rates = [sum(n for at, n in found["trained"] if t - window < at <= t) / window for t in times]
+    rate.plot(times, rates, color="#2f5d9b")
+    top = rate.get_ylim()[1]
+    for kinds, colour, label in (
+        (("rollout", "rewards", "controller"), "#bbbbbb", "worker, rewards or controller killed"),
+        (("trainer",), "#d98e04", "trainer killed"), (("launcher", "everything"), "#c0392b", "launcher or all killed"),
+    ):  # fmt: skip
+        at = [event["at"] for event in found["events"] if event["kind"] in kinds]
+        rate.plot(at, [top] * len(at), "|", color=colour, markersize=9, label=label)
+    rate.set_ylabel("samples trained on per second")
+    rate.legend(loc="lower right", fontsize=8)
+    for axis, column, label in ((memory, 0, "resident memory, MB"), (files, 1, "open descriptors")):
+        for name in found["roles"]:
+            # A pause in the line where the role was dead.
+            points = [(row["at"], row[name][column] if name in row else float("nan")) for row in found["series"]]
+            axis.plot(*zip(*points, strict=True), linewidth=0.8, label=name)
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+    memory.legend(loc="upper right", fontsize=8, ncols=4)
+    files.set_xlabel("seconds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--every", default="3,12", help="seconds between two kills, least and most; 0: no kills")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/soak"), help="a new folder")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options, overrides = parser.parse_known_args()
+    if bad := [o for o in overrides if not o.startswith("--config.")]:
+        parser.error(f"unknown options {bad}; settings are changed with --config.KEY=VALUE")
+    options.workdir = options.workdir.resolve()
+    if options.workdir.exists():
+        parser.error(f"{options.workdir} exists; name another folder with --workdir")
+    options.workdir.parent.mkdir(parents=True, exist_ok=True)
+    least, _, most = options.every.partition(",")
+    every = (float(least), float(most or least)) if float(least) else None
+
+    run = Run(options.workdir, overrides)
+    soak = Soak(run, options.seed, every)
+    run.start()
+    try:
+        soak.one_step()
+        soak.spend(60 * options.minutes)
+        soak.one_step()  # everybody is there
+        if soak.problems:
+            print(f"soak: {soak.problems}", file=sys.stderr)
+            return 1
+        found = result(soak, soak.finish(extra=8), options)
+    finally:
+        for process in run.processes():
+            process.kill()
+    if options.json:
+        options.json.write_text(json.dumps(found) + "\n")
+    if options.plot:
+        draw(found, options.plot)
+    print(json.dumps({key: x for key, x in found.items() if key not in ("events", "series", "trained")}, indent=1))
+    return 1 if found["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
