@@ -18,7 +18,7 @@ _LINES = (
     ("generated_tokens_per_second", "tokens generated per second", "{:,.0f}"),
     ("trainer_idle_fraction", "trainer idle", "{:.1%}"),
     ("rollout_idle_fraction", "rollout idle", "{:.1%}"),
-    ("worst_mismatch", "engine ↔ trainer, worst step's mean |Δ log-prob| at lag 0", "{:.1e}"),
+    ("worst_mismatch", "log-prob mismatch at lag 0", "{:.1e}"),  # of engine and trainer, the worst step's mean
     ("recompiles_after_warmup", "recompilations after warm-up", "{:.0f}"),
 )
 

@@ -60,7 +60,7 @@ class Run:
     exit_code: int = -1
 
     def status(self) -> dict[str, Any]:
-        with SyncClient("launch", self.folder) as client:
+        with SyncClient("observer", self.folder) as client:
             return dict(client.request(GetStatus(), timeout=30.0).data)
 
     def wait(self, until: Callable[[], Any], seconds: float = 300.0) -> Any:
