@@ -105,6 +105,11 @@ class Evaluations:
         self.manifest = newest
         return None
 
+    def published(self, manifest: Manifest) -> None:
+        """Of a version that a trainer publishes again after its death, only the new bytes are still there."""
+        if self.current is not None and self.current.version == manifest.version:
+            self.manifest = manifest
+
     def pins(self, fleet: Fleet, newest: int, now: float) -> tuple[set[str], list[Worker]]:
         """(workers that must keep the version, workers that should load it although there is a newer one, `newest`).
 

@@ -71,6 +71,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
             with view:
                 outcome = supervisor.run(view.tick)
             _forget_processes(workdir)
+            if outcome.status == "finished":  # and no controller will take over, whatever became of the last one
+                shutil.rmtree(workdir / "controller", ignore_errors=True)
             return report(outcome, workdir, started, supervisor.restarts)
     except ConfigError as error:
         print(f"areal_jax: error: {error}", file=sys.stderr)

@@ -119,6 +119,8 @@ class Supervisor:
         """Notice what ended since the last look, start it again where that is allowed; the outcome when it is over."""
         if self._signals:
             return Outcome("stopped", "told to stop")
+        if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
+            return Outcome("finished")
         for process in self._processes.values():
             if process.given_up or process.popen is None:
                 continue
@@ -132,8 +134,6 @@ class Supervisor:
             failure = self._after_death(process, code)
             if failure is not None:
                 return failure
-        if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
-            return Outcome("finished")
         return None
 
     def _end_if_silent(self, process: _Process) -> None:

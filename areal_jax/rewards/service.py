@@ -155,7 +155,8 @@ class RewardService:
     async def _report(self) -> None:
         while True:
             if self._controller.disconnected_for > self._controller_limit:
-                self.stop(1, f"no connection to the controller for {self._controller_limit:g} s")
+                last = self._controller.last_word
+                self.stop(1, f"no connection to the controller for {self._controller_limit:g} s; {last}")
             counters = {name: float(count) for name, count in (self.counts + self._restarts()).items()}
             counters |= {f"refused_{kind}": float(count) for kind, count in self.server.guard.refused.items()}
             gauges = {"pending": float(len(self._pending))}

@@ -195,8 +195,9 @@ class Worker:
             await asyncio.sleep(self._heartbeat_seconds)
 
     def _watch_connection(self) -> None:
-        if self._client.disconnected_for > self.settings.controller_limit:
-            self.stop(CONTROLLER_LOST, f"no connection to the controller for {self.settings.controller_limit:g} s")
+        limit = self.settings.controller_limit
+        if self._client.disconnected_for > limit:
+            self.stop(CONTROLLER_LOST, f"no connection to the controller for {limit:g} s; {self._client.last_word}")
 
     # --- Weights ---------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,6 @@ from areal_jax.transport.errors import TransportError
 from areal_jax.transport.sockets import HeartbeatThread, SyncClient
 from areal_jax.weights import Publisher
 
-REPLY_SECONDS = 30.0  # for one request; the controller answers within about a second, with NotReady if need be
-
 
 class WaitedTooLong(RuntimeError):
     """Nothing came within the limit; the message says what was awaited, for how long, and what the controller said."""
@@ -34,6 +32,7 @@ class Link:
       process: this JAX process; 0 publishes and decides.
       clock: where this process's time goes; sent with every heartbeat.
       heartbeat_seconds: how often.
+      limit: seconds to wait for one reply; the controller answers within about a second, with NotReady if need be.
       told_to_stop: asked while waiting; waiting ends with `Stopped` once it says so.
       agree: (this process has what it waits for, it is told to stop) -> (all have, one is); for several processes.
     """
@@ -45,16 +44,17 @@ class Link:
         clock: Clock,
         *,
         heartbeat_seconds: float = 1.0,
+        limit: float = 120.0,
         told_to_stop: Callable[[], bool] = lambda: False,
         agree: Callable[[bool, bool], tuple[bool, bool]] = lambda ready, stop: (ready, stop),
     ):
         self.name, self.process, self.clock = f"trainer-{process}", process, clock
         self.counters: dict[str, float] = {}
         self.gauges: dict[str, float] = {}
-        self._told_to_stop, self._agree = told_to_stop, agree
+        self._told_to_stop, self._agree, self._limit = told_to_stop, agree, limit
         self._workdir = Path(workdir)
         self._client = SyncClient(self.name, workdir, hello=self._hello)
-        self._heart = HeartbeatThread(self.name, workdir, self._hello, self._beat, heartbeat_seconds)
+        self._heart = HeartbeatThread(self.name, workdir, self._hello, self._beat, heartbeat_seconds, timeout=limit)
 
     def _hello(self) -> m.Hello:
         return m.Hello(role="trainer", name=self.name, host=socket.gethostname(), pid=os.getpid())
@@ -68,10 +68,10 @@ class Link:
             gauges=dict(self.gauges),
         )
 
-    def request(self, message: m.Message, timeout: float = REPLY_SECONDS) -> m.AnyMessage:
+    def request(self, message: m.Message) -> m.AnyMessage:
         """One request, one reply; errors as of `SyncClient.request`."""
         self._heart.check()
-        return self._client.request(message, timeout)
+        return self._client.request(message, self._limit)
 
     def wait(self, message: m.Message, limit: float, what: str) -> m.AnyMessage:
         """Repeats a request until the answer is not NotReady, in phase "waiting:<what>".
@@ -122,7 +122,10 @@ class BackgroundPublisher:
     `join` must be called before the arrays behind the tensors change; it raises what went wrong.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, transport: str, address: str = "tcp://127.0.0.1:*"):
+    def __init__(
+        self, workdir: str | os.PathLike, *, transport: str, address: str = "tcp://127.0.0.1:*", limit: float = 120.0
+    ):
+        self._limit = limit
         self.publisher = Publisher(workdir, transport=transport, address=address)
         self.manifest: m.Manifest | None = None
         self.timings: dict[str, float] = {}
@@ -154,7 +157,7 @@ class BackgroundPublisher:
             self.manifest = self.publisher.publish(version, named_tensors, published_at=at, measured=measured)
             if self._client is None:
                 self._client = SyncClient("trainer-publisher", self._workdir)
-            self._client.request(m.Publish(manifest=self.manifest), 2 * REPLY_SECONDS)
+            self._client.request(m.Publish(manifest=self.manifest), self._limit)
             self.timings = {f"weights/{name}": value for name, value in self.publisher.timings.items()}
             self.timings["time/publish"] = time.perf_counter() - started
         except BaseException as error:  # raised where the trainer waits for this thread
@@ -172,7 +175,7 @@ class BackgroundPublisher:
     def close(self) -> None:
         """End, and free the memory of the versions."""
         if self._thread is not None:
-            self._thread.join(REPLY_SECONDS)
+            self._thread.join(self._limit)
         if self._client is not None:
             self._client.close()
         self.publisher.close()
@@ -181,7 +184,8 @@ class BackgroundPublisher:
 class BackgroundEvaluation:
     """Asks for the evaluation of a published version in a thread of its own, and keeps the result for later."""
 
-    def __init__(self, workdir: str | os.PathLike, version: int, limit: float):
+    def __init__(self, workdir: str | os.PathLike, version: int, limit: float, reply_limit: float = 120.0):
+        self._reply_limit = reply_limit
         self.version, self.result, self.problem = version, None, ""
         self.waiting_for = "the controller"
         self._workdir, self._limit = workdir, limit
@@ -194,7 +198,7 @@ class BackgroundEvaluation:
         try:
             with SyncClient("trainer-evaluation", self._workdir) as client:
                 while self.result is None and not self._end.is_set():
-                    reply = client.request(m.Evaluate(version=self.version), REPLY_SECONDS)
+                    reply = client.request(m.Evaluate(version=self.version), self._reply_limit)
                     if isinstance(reply, m.EvaluationResult):
                         self.result = reply
                         return
@@ -219,4 +223,4 @@ class BackgroundEvaluation:
     def close(self) -> None:
         """Give up waiting."""
         self._end.set()
-        self._thread.join(REPLY_SECONDS)
+        self._thread.join(self._reply_limit)

@@ -72,6 +72,7 @@ class Training:
         self.first = process == 0
         self.clock = Clock("starting", trace=trace_path(workdir, f"trainer-{process}"))
         self._told_to_stop = told_to_stop
+        self.reply_limit = 4 * settings.controller.heartbeat_limit  # as long as workers wait for a controller
         self.memory: dict[str, Any] = {"config": settings.config, "wall_seconds": 0.0, "trained_tokens": 0}
         self._asked = -1  # the version whose evaluation was begun last
         self.pending: tuple[Pending, dict[str, Any]] | None = None
@@ -91,6 +92,7 @@ class Training:
                     self.process,
                     self.clock,
                     heartbeat_seconds=self.settings.controller.heartbeat_seconds,
+                    limit=self.reply_limit,
                     told_to_stop=self._told_to_stop,
                     agree=distributed.agree,
                 )
@@ -155,7 +157,8 @@ class Training:
         self.publisher = self.writer = self.trained = None
         if self.first:
             address = s.controller.address
-            self.publisher = BackgroundPublisher(self.workdir, transport=c.weights_transport, address=address)
+            options = {"transport": c.weights_transport, "address": address, "limit": self.reply_limit}
+            self.publisher = BackgroundPublisher(self.workdir, **options)
             self.held.callback(self.publisher.close)
             metrics = (s.metrics.tensorboard, s.metrics.wandb)
             self.writer = self.held.enter_context(MetricsWriter(self.workdir, *metrics, name=s.name, config=s.config))
@@ -330,7 +333,8 @@ class Training:
         due = published % every == 0 and 0 < published < self.settings.trainer.steps
         if due and self.evaluation is None and published != self._asked:
             self._asked = published
-            self.evaluation = BackgroundEvaluation(self.workdir, published, self.settings.trainer.batch_timeout)
+            limit = self.settings.trainer.batch_timeout
+            self.evaluation = BackgroundEvaluation(self.workdir, published, limit, self.reply_limit)
             self.held.callback(self.evaluation.close)
 
     def _record(self, result: m.EvaluationResult) -> float:

@@ -53,6 +53,11 @@ class Client:
         """Seconds since the connection was lost; 0 while there is one."""
         return 0.0 if self._gone_since is None else time.monotonic() - self._gone_since
 
+    @property
+    def last_word(self) -> str:
+        """What the server said last, and how long ago."""
+        return self.guard.last_word(self.server.encode())
+
     async def open(self) -> None:
         """Find the server and connect; raises `EndpointMissing`. Sending and receiving do it by themselves."""
         async with self._opening:
@@ -111,7 +116,8 @@ class Client:
         except TimeoutError:
             raise RequestTimeout(
                 f"{self.name}: {self.server} at {self._endpoint} has read nothing for {self.timeout:.0f} s "
-                f"({'disconnected' if self._gone_since else 'connected'}, {self._high_water} messages wait)"
+                f"({'disconnected' if self._gone_since else 'connected'}, {self._high_water} messages wait); "
+                f"{self.last_word}"
             ) from None
 
     async def receive(self) -> AnyMessage | None:

@@ -124,7 +124,7 @@ class SyncClient:
                 return reply
         raise RequestTimeout(
             f"{self.server} at {self._endpoint} did not answer {type(message).__name__} of {self.name} "
-            f"within {timeout:.1f} s (sent {tries} times)"
+            f"within {timeout:.1f} s (sent {tries} times); {self.guard.last_word(self.server.encode())}"
         )
 
     def close(self, flush: float = 0.0) -> None:

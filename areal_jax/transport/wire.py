@@ -8,6 +8,7 @@ request number of a request is repeated in its reply; it is 0 for messages that 
 from __future__ import annotations
 
 import struct
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class PeerRecord:
     in_a_row: int = 0  # refusals since the last good message
     refused: Counter[str] = field(default_factory=Counter)
     why: str = ""  # the last refusal, in words
+    last: tuple[str, float] = ("", 0.0)  # kind of the last good message, and when it came
 
 
 class Guard:
@@ -84,7 +86,16 @@ class Guard:
         record.session, record.sequence, record.in_a_row = session, sequence, 0
         record.accepted += 1
         self.accepted += 1
+        told = getattr(message, "waiting_for", "")
+        record.last = type(message).__name__ + (f", waiting for {told}" if told else ""), time.monotonic()
         return message, request
+
+    def last_word(self, peer: bytes) -> str:
+        """What `peer` said last and how long ago, for whoever has waited for it in vain."""
+        record = self.peers.get(peer)
+        if record is None or not record.accepted:
+            return "it has never said anything"
+        return f"it last said {record.last[0]}, {time.monotonic() - record.last[1]:.0f} s ago"
 
     def _refuse(self, record: PeerRecord, kind: str, why: str) -> None:
         record.in_a_row += 1

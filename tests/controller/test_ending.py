@@ -1,9 +1,9 @@
-"""The end of a run, seen from the controller: nothing of its report is lost, and its journal goes last."""
+"""Ends and new beginnings, seen from the controller: no report is lost, no dead bytes are handed out."""
 
 import asyncio
 
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.controller.core import Core
+from areal_jax.controller.core import Core, Send
 from areal_jax.controller.journal import Journal
 from areal_jax.controller.service import Service
 from areal_jax.transport import messages as m
@@ -47,3 +47,17 @@ def test_killed_after_the_last_report_it_is_followed_by_one_that_can_give_it_aga
         assert not (tmp_path / "controller").exists()
 
     asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_version_published_again_is_evaluated_from_its_new_bytes():
+    """The trainer died while its first version was evaluated, and with it the bytes that it had published."""
+    core = Core(CONFIG, [{"prompt": "1"}], [{"prompt": "e"}], now=0.0)
+    core.publish(manifest(0, "gone", 1.0), 0.0)
+    core.evaluate(0, 0.0)
+    core.hello(m.Hello(role="rollout", name="a", host="h", pid=1, slots=4), 0.0)
+    core.publish(manifest(0, "new", 2.0), 1.0)
+    core.weights_loaded(m.WeightsLoaded("a", 0, 1.0, error="it is gone"), 1.0)
+    core.tick(10.0)
+    messages = [action.message for action in core.take_actions() if isinstance(action, Send)]
+    told = [message.manifest.path for message in messages if isinstance(message, m.UpdateWeights)]
+    assert told == ["gone", "new"]

@@ -77,6 +77,8 @@ def broken(config, key, value):
         ("rollout.python", "/nowhere/python", "rollout.python='/nowhere/python' is not an executable file"),
         ("rewards.verifiers", ("no.such.module:f",), "'no.such.module:f' does not import: ModuleNotFoundError"),
         ("rewards.verifiers", (), "rewards.verifiers is empty"),
+        ("rewards.verifier_args", ({"mod": "boxed"},), "verify_math does not take mod; it takes completion"),
+        ("rewards.verifiers", ("areal_jax.rewards:verify_code",), "verify_code needs ['tests']; the record has"),
         ("rewards.weights", (1.0, 2.0), "rewards.weights has 2 entries for 1 verifiers"),
         ("rewards.address", "127.0.0.1:80", "is not an address"),
         ("model", "", "no model given"),

@@ -30,11 +30,13 @@ from areal_jax.metrics.trained import read_trained
 from areal_jax.metrics.writers import read_metrics
 from areal_jax.weights import store
 from tools.faults import launcher
+from tools.faults.points import POINTS
 
 ROOT = Path(__file__).parents[2]
 MARK = "FAULT_INJECTION_RUN"  # set in the environment of everything that a run starts
 LIMIT = 300.0  # seconds for one life of the launcher
 GONE = 45.0  # seconds in which everything must be gone after the launcher
+KILL, STOP, CONT = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
 STEPS = -(-launcher.PROMPTS // launcher.TINY["controller.batch_size"])
 MODULES = {
     "controller": "areal_jax.controller", "rollout": "areal_jax.rollout", "rewards": "areal_jax.rewards",
@@ -47,7 +49,7 @@ class Fault:
     """One kind of thing that goes wrong.
 
     `point` (of `points.POINTS`) says where; else `story`, a function of the `Run`, does it from outside while the run
-    goes on. `lives` are how often the launcher must be started; `quarantined` how many prompts may be given up.
+    goes on. `launcher_dies`: the same command must finish the run; `quarantined`: how many prompts must be put away.
     """
 
     role: str
@@ -95,7 +97,6 @@ class Run:
         self.temporary.mkdir(parents=True)
         self.fired = folder / "fired"
         self.launcher: subprocess.Popen | None = None
-        self.told = ""
         self.compile_cache = ""
 
     # -- the launcher -----------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Run:
         spec = {"point": f.point, "action": f.action, "visit": f.visit, "seconds": f.seconds, "fired": str(self.fired)}
         plan = {
             "workdir": str(self.workdir), "settings": f.settings | {"launch.compile_cache": compile_cache},
-            "role": f.point and launcher_role(f), "fault": spec,
+            "role": f.point and POINTS[f.point].role, "fault": spec,
         }  # fmt: skip
         command = [sys.executable, "-m", "tools.faults.launcher", json.dumps(plan)]
         with open(self.folder / "launcher.log", "ab") as log:
@@ -149,10 +150,8 @@ class Run:
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                words = " ".join(process.cmdline())
-                if MODULES[role] in words.replace("; main", " ").split() or (
-                    role == "verifier" and "areal_jax.rewards.worker" in words
-                ):
+                words = process.cmdline()
+                if MODULES[role] in words or (role == "verifier" and any(MODULES[role] in word for word in words)):
                     found.append(process)
         return found
 
@@ -189,12 +188,6 @@ class Run:
         if self.until(lambda: self.steps() >= steps and (self.workdir / "logs").exists()):
             deadline = time.monotonic() + delay
             self.until(lambda: time.monotonic() > deadline)
-
-
-def launcher_role(fault: Fault) -> str:
-    from tools.faults.points import POINTS
-
-    return POINTS[fault.point].role
 
 
 def run(fault: Fault, folder: Path, seed: int = 0, compile_cache: str = "") -> Outcome:
@@ -328,6 +321,3 @@ def tail(run: Run) -> str:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
-
-
-KILL, STOP, CONT = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT

@@ -114,7 +114,8 @@ def from_outside() -> list[Fault]:
         faults.append(
             Fault(
                 role="rollout", action="guest", story=stories.comes_and_goes(number),
-                what=f"one more is started by hand, and ended by {number.name} at work", restarts=None,
+                what=f"one more is started by hand, and ended by {number.name} at work",
+                settings={"rewards.verifiers": ["tools.faults.stories:unhurried"]}, restarts=None,
             )
         )  # fmt: skip
     return faults

@@ -63,9 +63,7 @@ POINTS = {
     "controller, asked for its state (checkpoint)": Point("controller", f"{_CORE}.get_state"),
     "controller, during an evaluation": Point("controller", "areal_jax.controller.evaluation:Evaluations.done"),
     "controller, told that the run is over": Point("controller", f"{_CORE}.finish"),
-    "controller, the run is over and its report not yet sent": Point(
-        "controller", "areal_jax.controller.journal:Journal.remove", after=True
-    ),
+    "controller, the report is made and not yet sent": Point("controller", f"{_CORE}.finish", after=True),
     "rollout, before the first weights": Point("rollout", f"{_WORKER}._load"),
     "rollout, while generating": Point("rollout", f"{_WORKER}._begin", after=True, when=_trains),
     "rollout, an answer goes to the verifier": Point("rollout", "areal_jax.rollout.verification:RewardClients._ask"),

@@ -183,9 +183,11 @@ def nothing(run: Run) -> None:
 def port_is_gone(run: Run) -> None:
     """The controller dies, and before it is back somebody else listens on its port: it must take another."""
     run.random_moment()
+    run.until(lambda: read_endpoint(run.workdir, "controller"))
     old = read_endpoint(run.workdir, "controller")
     if not run.strike("controller", KILL):
         return
+    run.struck = False
     host, port = split_address(old)
 
     def grab() -> bool:
@@ -229,8 +231,14 @@ def busy(run: Run, worker: str) -> bool:
 # --- Verifiers of this package's runs ------------------------------------------------------------------------------
 
 
+def unhurried(completion: str, answer: str) -> float:
+    """For runs that must last until a guest has come."""
+    time.sleep(0.5)
+    return float(answer in completion)
+
+
 def slow(completion: str, answer: str) -> float:
-    """Half a second for each answer, and more than any limit for some."""
+    """Some tenths of a second for each answer, and more than any limit for some."""
     time.sleep(random.choice([0.2] * 24 + [60.0]))
     return float(answer in completion)
 

@@ -1,0 +1,41 @@
+"""What else can happen to a run: its launcher dies, processes hang, networks fail, prompts kill, guests come."""
+
+import pytest
+
+from tools.faults.matrix import all_faults
+
+FAULTS = {fault.name: fault for fault in all_faults()}
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_the_launcher_is_killed_nothing_stays_and_the_same_command_goes_on(survives):
+    survives(FAULTS["kill parent: trainer, a batch is taken and not trained on"])
+
+
+def test_a_worker_that_hangs_is_found_and_replaced(survives):
+    assert survives(FAULTS["hang: rollout, while generating"]).restarts == 1
+
+
+def test_a_controller_that_stood_still_longer_than_the_heartbeat_limit_goes_on(survives):
+    survives(FAULTS["stop for 9 s: controller, at a random moment"])
+
+
+def test_a_prompt_that_kills_its_worker_every_time_is_put_away_and_the_others_are_trained_on(survives):
+    survives(FAULTS["kill every time: rollout, a certain prompt is begun"])
+
+
+def test_messages_that_are_lost_again_and_again(survives):
+    survives(FAULTS["network: controller, messages between controller and its clients are dropped again and again"])
+
+
+def test_a_controller_whose_port_was_taken_while_it_was_away_takes_another(survives):
+    survives(FAULTS["port taken: controller, while it is being restarted"])
+
+
+def test_a_port_that_is_taken_is_one_clear_line(survives):
+    survives(FAULTS["port taken: controller, from the start"])
+
+
+def test_a_worker_may_join_and_be_killed_while_the_run_goes_on(survives):
+    survives(FAULTS["guest: rollout, one more is started by hand, and ended by SIGKILL at work"])
