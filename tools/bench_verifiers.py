@@ -87,12 +87,15 @@ async def through_pool(pool: VerifierPool, path: str, records: list[dict]) -> di
     start = time.perf_counter()
     outcomes = await asyncio.gather(*(pool.submit(path, record, timeout=120.0) for record in records))
     seconds = time.perf_counter() - start
+    failures = [f"{outcome.kind}: {outcome.text}" for outcome in outcomes if not isinstance(outcome, Score)]
+    if failures:
+        print(f"a failure: {failures[0]}", file=sys.stderr)
     accepted = [isinstance(outcome, Score) and outcome.accuracy == 1.0 for outcome in outcomes]
     return {
         "seconds": seconds,
         "right_accepted": sum(a and r["right"] for a, r in zip(accepted, records)),
         "wrong_accepted": sum(a and not r["right"] for a, r in zip(accepted, records)),
-        "failures": sum(not isinstance(outcome, Score) for outcome in outcomes),
+        "failures": len(failures),
     }
 
 

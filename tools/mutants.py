@@ -32,18 +32,22 @@ class _Mutation(ast.NodeTransformer):
 
 
 def mutants(record: dict[str, Any]) -> dict[str, str]:
-    """The solution of a HumanEval record with a wrong constant, a comparison turned round, and an early return."""
-    program = record["prompt"] + record["canonical_solution"]
+    """The solution of a HumanEval record with a wrong constant, a comparison turned round, and an early return.
+
+    Only the function that is asked for is changed: helpers in the prompt are the tests' own.
+    """
     found = {}
-    for kind in ("constant", "comparison"):
-        mutation = _Mutation(kind)
-        tree = mutation.visit(ast.parse(program))
-        if mutation.done:
+    for kind in ("constant", "comparison", "return"):
+        tree, mutation = ast.parse(record["prompt"] + record["canonical_solution"]), _Mutation(kind)
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        entry = [function for function in functions if function.name == record["entry_point"]][-1]
+        if kind == "return":
+            entry.body.insert(1, ast.parse("return None").body[0])
+        else:
+            mutation.visit(entry)
+        if mutation.done or kind == "return":
             found[kind] = ast.unparse(tree)
-    tree = ast.parse(program)
-    entry = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == record["entry_point"]][-1]
-    entry.body.insert(1, ast.parse("return None").body[0])
-    return found | {"return": ast.unparse(tree)}
+    return found
 
 
 _PLAIN = """

@@ -119,9 +119,8 @@ class Evaluations:
         running = self.current
         if running is None or not running.queued:
             return set(), []
-        having = [worker for worker in fleet if worker.version == running.version and worker.updating is None]
-        if having:
-            return {worker.name for worker in having[: max(1, len(fleet.workers) // 4)]}, []
+        if chosen := self._chosen(fleet, len(fleet.workers) // 4):
+            return {worker.name for worker in chosen}, []
         if any(worker.updating == running.version for worker in fleet):
             return set(), []
         idle = [worker for worker in fleet if worker.updating is None and not worker.evaluating]
@@ -134,12 +133,25 @@ class Evaluations:
             self._end(Refused(reason=reason))
         return set(), [worker for worker in older if worker.retry_at <= now][:1]
 
-    def assign(self, fleet: Fleet, next_attempt: Callable[[], int]) -> Iterator[tuple[Worker, Task]]:
-        """Hand problems to workers with exactly the version, the emptiest first, as long as there is room."""
+    def _chosen(self, fleet: Fleet, count: int) -> list[Worker]:
+        """The first `count` workers, one at least, of those that have exactly the version."""
+        version = self.current.version
+        having = [worker for worker in fleet if worker.version == version and worker.updating is None]
+        return having[: max(1, count)]
+
+    def assign(
+        self, fleet: Fleet, next_attempt: Callable[[], int], *, share: float, everywhere: bool
+    ) -> Iterator[tuple[Worker, Task]]:
+        """Hand problems to workers with exactly the version, the emptiest first, as long as there is room.
+
+        `share`: how much of a worker's slots evaluation may take. `everywhere`: use all workers that have the version,
+        not only those that keep it: nothing else is to be generated.
+        """
         running = self.current
         while running is not None and running.queued:
-            having = (worker for worker in fleet if worker.version == running.version and worker.updating is None)
-            ready = fleet.suitable(having)
+            chosen = self._chosen(fleet, len(fleet.workers) if everywhere else len(fleet.workers) // 4)
+            free = (worker for worker in chosen if len(worker.evaluating) < max(1, share * worker.slots))
+            ready = fleet.suitable(free)
             if not ready:
                 return
             attempt = next_attempt()

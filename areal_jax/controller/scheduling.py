@@ -118,13 +118,15 @@ class Scheduler:
         )
 
     def _schedule(self, now: float) -> None:
-        """Do whatever can be done now: weights first, then evaluation, old groups, new groups."""
+        """Do whatever can be done now: weights first, then some evaluation, old groups, new groups, and the rest of it.
+
+        An evaluation gets half of the slots of a few workers, and what training leaves of them: generation goes on.
+        """
         self.changed = True
         if self.stopped or self.finished:
             return
         self._update_weights(now)
-        for worker, task in self.evaluations.assign(self.fleet, self._next_attempt):
-            self._tasks.setdefault(worker.name, []).append(task)
+        self._evaluate(share=0.5, everywhere=False)
         for number, i in sorted(self.ledger.queued):
             group = self.ledger.open[number]
             if group.samples[i].not_before <= now and (worker := self._pick(group)):
@@ -137,9 +139,14 @@ class Scheduler:
             for i in range(len(group.samples)):
                 if worker := self._pick(group):
                     self._assign(group, i, worker)
+        self._evaluate(share=2.0, everywhere=not self.ledger.open)
         for name, tasks in self._tasks.items():
             self.send(name, m.Assign(tasks=tasks))
         self._tasks = {}
+
+    def _evaluate(self, *, share: float, everywhere: bool) -> None:
+        for worker, task in self.evaluations.assign(self.fleet, self._next_attempt, share=share, everywhere=everywhere):
+            self._tasks.setdefault(worker.name, []).append(task)
 
     def _admits(self, worker: Worker, position: int) -> bool:
         return admits(

@@ -4,6 +4,8 @@ The public `jax.nn.dot_product_attention` has no packed layout; the private func
 row, where its segments start and how long they are. `docs/models.md` says what to do when a jax release moves it.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -70,6 +72,9 @@ def attention(q, k, v, segment_ids, *, window: int | None, max_segments: int, pl
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    mine = place.shard_shape(q.shape, "batch", None, "heads", None)
+    if math.prod(mine) >= 2**31:  # jax computes the offsets of segments in int32
+        raise ModelError(f"queries of shape {list(mine)} on one device are too many for cuDNN; use fewer trainer.rows")
     max_segments = max(2, max_segments)  # the private call takes offsets into account from two segments on
     lengths, starts, fits = segment_table(segment_ids, max_segments)
     # On a mesh each device calls the kernel for its own rows, and must be given the tables of those rows alone.

@@ -92,12 +92,15 @@ class Place:
         shape = x.shape if like is None else like.shape
         return jax.lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, shape, self.rules))
 
+    def shard_shape(self, shape: Sequence[int], *axes: str | None) -> tuple[int, ...]:
+        """The shape of one device's part of an array of `shape` with these axes."""
+        if self.mesh is None:
+            return tuple(shape)
+        return named_sharding(self.mesh, axes, shape, self.rules).shard_shape(tuple(shape))
+
     def batch_shards(self, rows: int) -> int:
         """Into how many parts a batch of `rows` rows is split."""
-        if self.mesh is None:
-            return 1
-        names = partition_spec(self.mesh, ("batch",), (rows,), self.rules)[0] or ()
-        return math.prod(self.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+        return rows // self.shard_shape((rows,), "batch")[0]
 
 
 ANYWHERE = Place(None)  # leaves every array where it is

@@ -104,6 +104,19 @@ def pretend_hopper(monkeypatch):
     return cudnn
 
 
+@pytest.mark.parametrize(("devices", "refused"), [(1, True), (8, False)])
+def test_more_queries_than_jax_can_address_are_refused(pretend_hopper, devices, refused):
+    place = sharding.Place(sharding.make_mesh(jax.devices()[:devices], data=devices))
+    q = jax.ShapeDtypeStruct((64, 32_768, 16, 128), jnp.bfloat16)  # 2^32 numbers
+    ids = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
+    call = functools.partial(attention_cudnn.attention, window=None, max_segments=4, place=place)
+    if refused:
+        with pytest.raises(models.ModelError, match=r"use fewer trainer\.rows"):
+            jax.eval_shape(call, q, q, q, ids)
+    else:
+        assert jax.eval_shape(call, q, q, q, ids).shape == q.shape
+
+
 def test_the_private_call_has_the_arguments_we_name(pretend_hopper):
     known = inspect.signature(pretend_hopper.dot_product_attention).parameters
     named = "query key value q_seqlen kv_seqlen q_offsets kv_offsets scale mask_type qkv_layout sliding_window_length"
