@@ -27,7 +27,7 @@ def make_run(workdir, cache, **changes):
 def finish(run, number):
     """Runs to the end of step `number`."""
     run.start(number)
-    assert run.launcher.wait(300) == 0, run.log()
+    assert run.launcher.wait(600) == 0, run.log()
     assert run.left(5.0) + run.shared_memory() == []
 
 
@@ -37,6 +37,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # four launches, on a machine that may be busy
 def test_from_the_checkpoint_of_every_step_a_synchronous_run_goes_on_bit_for_bit(tmp_path, cache):
     whole = make_run(tmp_path / "whole", cache, **SYNCHRONOUS)
     finish(whole, STEPS)
@@ -56,6 +57,7 @@ def test_from_the_checkpoint_of_every_step_a_synchronous_run_goes_on_bit_for_bit
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.faults
 def test_an_asynchronous_run_loses_and_repeats_nothing_when_all_of_it_is_killed_or_told_to_end(tmp_path, cache):
     """Killed as a whole; then ended by SIGTERM to every process at once; then finished with fewer rollout workers."""
