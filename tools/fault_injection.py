@@ -53,8 +53,8 @@ def report(outcomes: list[Outcome]) -> str:
     wrong = sum(bool(outcome.problems) for outcome in outcomes)
     head = (
         f"{datetime.date.today():%Y-%m-%d}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python "
-        f"{platform.python_version()}. {len({o.fault for o in outcomes})} faults, {len(outcomes)} runs; {wrong} did not "
-        "come out as they must."
+        f"{platform.python_version()}. {len({o.fault for o in outcomes})} faults, {len(outcomes)} runs; {wrong} did "
+        "not come out as they must."
     )
     return f"{head}\n\n{table(outcomes)}"
 
