@@ -57,8 +57,8 @@ def test_peers_that_come_and_go_leave_nothing_in_a_server(tmp_path):
                     await asyncio.to_thread(ask, i)
                 else:
                     async with Client(f"rollout-{i}", tmp_path) as client:
-                        await client.send(m.Goodbye(name=f"rollout-{i}"))
-                        client.close(flush=1.0)
+                        await client.send(m.GetState(version=1))
+                        assert await client.receive() == state
                 if i == 100:
                     growth.look()
             serving.cancel()

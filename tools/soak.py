@@ -2,9 +2,9 @@
 
 Every few seconds one process is killed: a rollout worker, the reward service, the controller, the trainer, now and then
 the launcher itself, or everything at once; then the same command is started again. Meanwhile resident memory and open
-descriptors of every role are written down. After `--minutes` the run is stopped by SIGINT, started once more for a few
-steps, and left to finish. Then every sample is looked for: none may be trained on twice, none lost, none too old; no
-process and no shared memory may be left. `--every=0` kills nobody: a run to see memory stay flat.
+descriptors of every role are written down. `--minutes` after its first step the run is stopped by SIGINT, started once
+more for a few steps, and left to finish. Then every sample is looked for: none may be trained on twice, none lost, none
+too old; no process and no shared memory may be left. `--every=0` kills nobody: a run to see memory stay flat.
 
 Anything wrong is listed, and the exit code is 1. Needs psutil and, for the plot, matplotlib (the extra "dev").
 """
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from areal_jax.launch import child  # noqa: E402
+from areal_jax.metrics.trained import read_trained  # noqa: E402
 from tools import accounts  # noqa: E402
 
 # How often whom: what starts in a second more often than what loads and compiles for half a minute.
@@ -42,16 +43,14 @@ SETTINGS = {
     "controller.batch_size": 16, "controller.group_size": 4, "controller.max_staleness": 4,
     "controller.heartbeat_limit": 10.0, "rollout.workers": 2, "rollout.slots": 32, "trainer.rows": 8,
     "trainer.learning_rate": 1e-5, "trainer.checkpoint_every": 5, "trainer.eval_every": 0,
-    "launch.restarts": 10**6, "launch.trainer_restarts": 10**6, "launch.stop_grace": 30.0,
+    "launch.restarts": 10**6, "launch.trainer_restarts": 10**6, "launch.stop_grace": 60.0,
     "metrics.view": "lines", "metrics.tensorboard": False,
 }  # fmt: skip
 ENDLESS = 10**6  # steps
 MARK = "AREAL_JAX_SOAK"  # in the environment of all processes of the run, which is how they are found
-ROLE = re.compile(
-    r"areal_jax\.(rollout|rewards\.worker|rewards|controller|trainer|launch\.guardian)\b"
-    r"|accounts\.py (trainer|launch)\b"
-)
-GONE_SECONDS = 90.0  # for what is left to end, when the launcher was killed
+ROLE = re.compile(r"areal_jax\.(rollout|rewards\.worker|rewards|controller|trainer|launch\.guardian|launch)\b")
+STEP_SECONDS = 600.0  # for one step, when nobody is killed
+GONE_SECONDS = 150.0  # for what is left to end, when the launcher was killed
 
 
 class Run:
@@ -64,7 +63,7 @@ class Run:
     def start(self, steps: int = ENDLESS) -> None:
         settings = SETTINGS | {"trainer.steps": steps}
         command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when this process does
-        command += [sys.executable, str(ROOT / "tools/accounts.py"), "launch", "--config=configs/quickstart.py"]
+        command += [sys.executable, "-m", "areal_jax.launch", "--config=configs/quickstart.py"]
         command += [f"--workdir={self.workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
         with open(self.workdir.with_suffix(".log"), "ab") as log:
             self.launcher = subprocess.Popen(
@@ -124,8 +123,9 @@ def _name(process: psutil.Process) -> str:
         return ""
     if (match := ROLE.search(words)) is None:
         return ""
-    name = match[1] or match[2]
-    kind = {"launch": "launcher", "launch.guardian": "guardian", "rewards.worker": "rewards-pool"}.get(name, name)
+    kind = {"launch": "launcher", "launch.guardian": "guardian", "rewards.worker": "rewards-pool"}.get(
+        match[1], match[1]
+    )
     index = re.search(r"--(?:index|process) (\d+)", words)
     return f"{kind}-{index[1]}" if index else kind
 
@@ -139,6 +139,16 @@ class Soak:
         self.events: list[dict[str, Any]] = []
         self.series: list[dict[str, Any]] = []  # one row per second
         self.problems: list[str] = []
+        self.steps: list[float] = []  # when each line of the trainer's record was seen
+
+    def one_step(self) -> None:
+        """Wait for the next training step, killing nobody."""
+        deadline, before = time.monotonic() + STEP_SECONDS, len(self.steps)
+        while len(self.steps) == before and not self.problems:
+            self.measure()
+            if self.run.launcher.poll() is not None or time.monotonic() > deadline:
+                self.problems.append(f"no step within {STEP_SECONDS:.0f} s: {self.run.log()}")
+            time.sleep(0.5)
 
     def spend(self, seconds: float) -> None:
         """Kill and measure for so long; ends early if the run ends, which it should not."""
@@ -159,6 +169,7 @@ class Soak:
     def measure(self) -> None:
         """One row of memory (MB) and descriptors per role, children included; of complete roles only."""
         row: dict[str, Any] = {"at": round(time.time() - self.began, 2)}
+        self.steps += [row["at"]] * (len(_lines(self.run.workdir)) - len(self.steps))
         for name, members in self.run.roles().items():
             with contextlib.suppress(psutil.Error):
                 memory = sum(p.memory_info().rss for p in members) / 1e6
@@ -175,12 +186,11 @@ class Soak:
         names = sorted(name for name in roles if name.split("-")[0] == kind)
         if kind in ("launcher", "everything"):
             names = [kind]
-        if not names or (kind == "trainer" and not self._has_checkpoint()):
+        if not names:
             return
         name, at = self.random.choice(names), round(time.time() - self.began, 2)
         last = max((event["at"] for event in self.events if event["name"] == name), default=0.0)
-        trained = accounts.read(self.run.workdir)[-1:]
-        idle = not trained or trained[0].at - self.began < last
+        idle = not self.steps or self.steps[-1] < last
         if idle and (kind in ("launcher", "everything") or self.random.random() > 0.2):
             return
         self.events.append({"at": at, "kind": kind, "name": name})
@@ -190,11 +200,6 @@ class Soak:
         else:
             with contextlib.suppress(psutil.Error):
                 roles[name][0].kill()
-
-    def _has_checkpoint(self) -> bool:
-        from areal_jax.launch.roles import has_checkpoint
-
-        return has_checkpoint(self.run.workdir)
 
     def _start_again(self, victims: list[int], kind: str) -> None:
         started = time.monotonic()
@@ -213,12 +218,16 @@ class Soak:
         if (code := self.run.launcher.wait(GONE_SECONDS)) != 130:
             self.problems.append(f"after SIGINT the launcher's exit code is {code}, not 130")
         self.problems += self.run.left(1.0) + self.run.shared_memory()
-        trained = max(batch.version for batch in accounts.read(self.run.workdir)) + 1
-        if (saved := accounts.newest_state(self.run.workdir).version) < trained - 1:  # it may be hit while it restarts
+        trained = max(read_trained(self.run.workdir)) + 1
+        if (saved := accounts.newest_state(self.run.workdir).version) != trained:
             self.problems.append(f"SIGINT came after step {trained}; the newest checkpoint is of version {saved}")
         steps = saved + extra
         self.run.start(steps)
-        if (code := self.run.launcher.wait(600)) != 0:
+        deadline = time.monotonic() + 600.0
+        while self.run.launcher.poll() is None and time.monotonic() < deadline:
+            self.measure()
+            time.sleep(0.5)
+        if (code := self.run.launcher.poll()) != 0:
             self.problems.append(f"the last leg's exit code is {code}")
         self.problems += self.run.left(1.0) + self.run.shared_memory()
         return steps
@@ -227,31 +236,37 @@ class Soak:
 def result(soak: Soak, steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """The figures, and the accounts."""
     workdir = soak.run.workdir
-    lines = accounts.read(workdir)
-    state = accounts.newest_state(workdir)
+    trained, state = read_trained(workdir), accounts.newest_state(workdir)
     summary_path = workdir / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
     bound, group_size = SETTINGS["controller.max_staleness"], SETTINGS["controller.group_size"]
-    wrong = accounts.problems(lines, state, steps=steps, bound=bound, group_size=group_size)
-    timeline = accounts.kept(lines, steps)
-    samples = sum(row[3] for batch in timeline for row in batch.groups)
+    wrong = accounts.problems(trained, state, steps=steps, bound=bound, group_size=group_size)
+    samples = sum(group.samples for groups in trained.values() for group in groups)
     if summary.get("trained_samples") != samples:
         wrong.append(f"{samples} samples were trained on, the summary says {summary.get('trained_samples')}")
-    lags = Counter(batch.version - row[4] for batch in timeline for row in batch.groups)
+    lags = Counter(step - group.oldest for step, groups in trained.items() for group in groups)
+    # Of a step that was made again after going back to a checkpoint, the last time counts.
+    times = {json.loads(line)["version"]: at for line, at in zip(_lines(workdir), soak.steps, strict=False)}
     return {
         "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}",
         "load_at_end": round(os.getloadavg()[0], 2),
         "minutes": options.minutes, "seed": options.seed, "kills": dict(Counter(e["kind"] for e in soak.events)),
-        "steps": steps, "steps_taken_again": len(lines) - len(timeline), "samples": samples,
-        "samples_per_second": round(samples / (timeline[-1].at - soak.began), 2),
+        "steps": steps, "steps_made_again": len(_lines(workdir)) - len(trained), "samples": samples,
+        "samples_per_second": round(samples / max(soak.steps), 2),
         "epochs_finished": len(state.ledger.epochs_done), "groups_by_lag": dict(sorted(lags.items())), "bound": bound,
         "quarantined": state.ledger.totals.get("quarantined", 0),
         "late_or_duplicate_results_refused": summary.get("late_results", 0) + summary.get("duplicate_results", 0),
         "longest_end_after_launcher_killed": max((e.get("gone_after", 0.0) for e in soak.events), default=0.0),
         "roles": growth(soak.series), "problems": soak.problems + wrong,
         "events": soak.events, "series": soak.series,
-        "trained": [[round(batch.at - soak.began, 1), sum(row[3] for row in batch.groups)] for batch in timeline],
+        "trained": [[at, sum(group.samples for group in trained[i])] for i, at in times.items() if i in trained],
     }  # fmt: skip
+
+
+def _lines(workdir: Path) -> list[str]:
+    """Whole lines of the trainer's record."""
+    path = workdir / "trained.jsonl"
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def growth(series: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -326,7 +341,9 @@ def main() -> int:
     soak = Soak(run, options.seed, every)
     run.start()
     try:
+        soak.one_step()
         soak.spend(60 * options.minutes)
+        soak.one_step()  # everybody is there
         if soak.problems:
             print(f"soak: {soak.problems}", file=sys.stderr)
             return 1

@@ -155,7 +155,10 @@ class Core(Scheduler):
         worker.updating = None
         if loaded.error:
             worker.loads_failed += 1
-            worker.retry_at = now + min(2.0**worker.loads_failed, 30.0)
+            # A version that was overtaken on its way may be gone, since only the newest are kept: those can be loaded.
+            overtaken = self.manifest is not None and self.manifest.version > loaded.version
+            at_once = overtaken and worker.loads_failed == 1
+            worker.retry_at = now if at_once else now + min(2.0**worker.loads_failed, 30.0)
             self.failed["weights_refused"] += 1
             self.telemetry.note(f"{worker.name} could not load version {loaded.version}: {loaded.error}", now)
         else:

@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if args.verify:
         options = json.loads(args.verifier_args)
+        if args.verifier and (problem := _wrong_arguments(args.verifier, options)):
+            print(f"check: {problem}", file=sys.stderr)
+            return 2
         report |= asyncio.run(verify_gold(data, args.verifier, options, args.processes, tokenizer))
     show(report)
     if args.json:
@@ -57,6 +60,17 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", default="", help="write the report there, too")
     return parser.parse_args(arguments)
+
+
+def _wrong_arguments(verifier: str, options: dict[str, Any]) -> str:
+    from areal_jax.rewards.loading import check_arguments, load_verifier
+    from areal_jax.rewards.outcome import VerifierError
+
+    try:
+        check_arguments(load_verifier(verifier), options)
+    except VerifierError as error:
+        return str(error)
+    return ""
 
 
 def _tokenizer(folder: str) -> Any:

@@ -15,9 +15,9 @@ What is made of them:
   --ks=1,8,64            which pass@k (default: 1, and powers of two up to --samples)
   --out=DIR              folder of problems.jsonl and summary.json (default with --run: DIR/eval)
 
-Prints avg@n and pass@k with 95 % confidence intervals: Wilson's with one answer per problem (or all judged alike), else a
-bootstrap over problems. Exit codes: 0 done; 1 something broke, or no sample has a score; 2 something is wrong with the
-settings; 130 stopped.
+Prints avg@n and pass@k with 95 % confidence intervals: Wilson's score interval with one answer per problem, or where
+all were judged alike, else a bootstrap over problems. Exit codes: 0 done; 1 something broke, or no sample has a score;
+2 something is wrong with the settings; 130 stopped.
 """
 
 from __future__ import annotations
@@ -195,6 +195,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     if config["rollout"]["engine"] == "jax":  # vLLM has its own list of what it can load, and may live without jax
         validate.check_model(config)
     validate.check_rewards(config)
+    validate.check_fields(config, "eval", records[0])
     samples = config["controller"]["eval_samples_per_prompt"]
     ks = numbers_of(own["ks"]) if "ks" in own else [2**i for i in range(samples.bit_length())]
     if max(ks) > samples or min(ks) < 1:

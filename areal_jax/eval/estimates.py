@@ -47,9 +47,9 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def mean_over_problems(values: Sequence[float], *, one_answer_each: bool = False, seed: int = 0) -> Estimate:
     """The mean of one number per problem (at least one problem).
 
-    The interval is Wilson's where every problem has one answer that is right or wrong, and where all problems are wholly
-    right or all wholly wrong (no resample would differ); else the percentiles of 10,000 resamples of the problems
-    (`seed` fixes them).
+    The interval is Wilson's where every problem has one answer that is right or wrong, and where all problems are
+    wholly right or all wholly wrong (no resample would differ); else the percentiles of 10,000 resamples of the
+    problems (`seed` fixes them).
     """
     x = np.asarray(values, np.float64)
     value = float(x.mean())

@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing: nothing here needs it
     try:
         command = command_line.parse(arguments)
         if command is None:

@@ -2,9 +2,9 @@
 
 The supervisor starts it with a pipe on its standard input and writes one line per process group: "+123" when one is
 started, "-123" when it has ended. The end of the pipe means that the supervisor is dead. Then the groups that are left
-are told to end (so that the trainer saves a checkpoint), and killed after the grace period. Last of all, weights that a
-killed trainer left in shared memory are removed, and the addresses of servers that are gone. Until then it imports next
-to nothing.
+are told to end (so that the trainer saves a checkpoint), and killed after the grace period. Last of all, it removes
+weights that killed processes left on disk or pulled from another host, and the addresses of servers that are gone.
+Until then it imports next to nothing.
 """
 
 import contextlib

@@ -194,13 +194,13 @@ def _check_port(key: str, host: str, port: int) -> None:
 
 
 def check_rewards(config: Mapping[str, Any]) -> None:
-    """Every verifier, and the workflow, can be imported."""
-    from areal_jax.rewards.loading import load_verifier
+    """Every verifier, and the workflow, can be imported; the verifiers take the arguments that the settings have."""
+    from areal_jax.rewards.loading import check_arguments, load_verifier
     from areal_jax.rewards.outcome import VerifierError
 
-    for path in config["rewards"]["verifiers"]:
+    for path, arguments in zip(config["rewards"]["verifiers"], config["rewards"]["verifier_args"]):
         try:
-            load_verifier(path)
+            check_arguments(load_verifier(path), arguments)
         except VerifierError as error:
             raise ConfigError(f"rewards.verifiers: {_line(error)}") from None
     path = config["rollout"]["workflow"]
@@ -269,6 +269,7 @@ def check_data(config: Mapping[str, Any]) -> None:
             lengths = list(prompt_lengths(dataset, tokenizer, data))
         except (DataError, ValueError) as error:
             raise ConfigError(f"data.{key}: {_line(error)}") from None
+        check_fields(config, key, dataset[0])
         too_long = [i for i, length in enumerate(lengths) if length > limit]
         if too_long and data.too_long == "error":
             first = too_long[0]
@@ -285,6 +286,20 @@ def check_data(config: Mapping[str, Any]) -> None:
                 f"data.train: {usable} prompts are fewer than one batch (controller.batch_size="
                 f"{config['controller']['batch_size']})"
             )
+
+
+def check_fields(config: Mapping[str, Any], key: str, record: Mapping[str, Any]) -> None:
+    """The verifiers find in `record` what they need, unless a workflow of the user's may give them another one."""
+    from areal_jax.rewards.loading import GIVEN, accepted, load_verifier
+    from areal_jax.rewards.outcome import VerifierError
+
+    if not config["rollout"]["workflow"].startswith("areal_jax."):
+        return
+    for path, arguments in zip(config["rewards"]["verifiers"], config["rewards"]["verifier_args"]):
+        try:
+            accepted(load_verifier(path), dict.fromkeys((*record, *GIVEN, *arguments)))
+        except VerifierError as error:
+            raise ConfigError(f"rewards.verifiers, with the first record of data.{key}: {_line(error)}") from None
 
 
 def prompt_lengths(dataset: Dataset, tokenizer: Any, data: DataConfig, at_most: int = 20_000) -> Iterator[int]:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
+
+import numpy as np
 
 
 class TrainedGroup(NamedTuple):
@@ -20,6 +23,7 @@ class TrainedGroup(NamedTuple):
     group: int  # submission number
     samples: int
     oldest: int  # version among its sampled tokens
+    digest: int = 0  # CRC-32 of all that was sampled: where two are equal, so are the samples, bit for bit
 
 
 class Group(Protocol):
@@ -40,7 +44,9 @@ class TrainedWriter:
 
     def write(self, version: int, groups: Sequence[Group]) -> None:
         """The step from `version` to `version + 1` was made with these groups."""
-        rows = [TrainedGroup(g.epoch, g.record_index, g.group, len(g.samples), g.oldest_version) for g in groups]
+        rows = [
+            TrainedGroup(g.epoch, g.record_index, g.group, len(g.samples), g.oldest_version, _digest(g)) for g in groups
+        ]
         self._file.write(json.dumps({"version": version, "groups": rows}) + "\n")
         self._file.flush()
 
@@ -73,6 +79,14 @@ def read_trained(workdir: str | os.PathLike) -> dict[int, list[TrainedGroup]]:
             del steps[version]
         steps[row["version"]] = [TrainedGroup(*group) for group in row["groups"]]
     return steps
+
+
+def _digest(group: Group) -> int:
+    digest = 0
+    for trajectory in (trajectory for sample in group.samples for trajectory in sample):
+        for array in (trajectory.tokens, trajectory.logprobs, trajectory.versions, np.float64(trajectory.reward)):
+            digest = zlib.crc32(array.tobytes(), digest)
+    return digest
 
 
 def _append_to(path: Path) -> TextIO:

@@ -7,6 +7,7 @@ from typing import Any
 
 from areal_jax.rewards.outcome import VerifierError
 
+GIVEN = ("prompt", "completion", "prompt_tokens", "completion_tokens", "time_limit")  # besides a record's fields
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -42,3 +43,13 @@ def accepted(function: Callable[..., Any], fields: Mapping[str, Any]) -> dict[st
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(fields)
     return {p.name: fields[p.name] for p in parameters if p.kind in _NAMED and p.name in fields}
+
+
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Raises `VerifierError` naming those `arguments` of a recipe that `function` does not take."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind in _NAMED]
+    strange = sorted(set(arguments) - set(known))
+    if strange and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        name = getattr(function, "__name__", function)
+        raise VerifierError(f"{name} does not take {', '.join(strange)}; it takes {', '.join(known)}")

@@ -111,6 +111,7 @@ class VllmEngine:
             self._death = asyncio.get_running_loop().create_future()
             self._llm = await asyncio.to_thread(_create, self._args)
             self._watch = asyncio.create_task(self._watch_engine())
+            await self._unless_dead(self._llm.collective_rpc("areal_jax_drop_names"))
         await self._unless_dead(self._load(manifest))
         warm_up = Sampling(max_new_tokens=min(2, self.max_length - 1))
         await self.generate(Request(tokens=np.zeros(1, np.int32), sampling=warm_up, key=(0, 0, 0)))

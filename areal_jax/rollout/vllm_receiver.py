@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -118,6 +121,15 @@ class WorkerExtension:
         except (WeightsRefused, OSError) as error:
             return str(error)
         return ""
+
+    def areal_jax_drop_names(self) -> None:
+        """Remove the files by which this engine's ranks have found each other: an engine that is killed leaves them.
+
+        On a CPU these are a rendezvous file and, with several ranks, shared memory, which all have mapped by now.
+        """
+        if name := os.environ.get("VLLM_DIST_IDENT"):
+            for path in (Path(tempfile.gettempdir(), name), *Path("/dev/shm").glob(f"{name}-*")):
+                path.unlink(missing_ok=True)
 
     def areal_jax_weight_timings(self) -> dict[str, float]:
         return self.weight_transfer_engine.timings

@@ -76,7 +76,7 @@ class Training:
         self.memory: dict[str, Any] = {"config": settings.config, "wall_seconds": 0.0, "trained_tokens": 0}
         self._asked = -1  # the version whose evaluation was begun last
         self.pending: tuple[Pending, dict[str, Any]] | None = None
-        self.saves_failed = 0
+        self.saves_failed, self.save_problem = 0, ""
         self.evaluation: BackgroundEvaluation | None = None  # beside training
         self.idle_from: dict[str, float] = {}  # the clock when training began
 
@@ -286,6 +286,8 @@ class Training:
         if warning := measure.diagnose(report, compute_dtype=self.settings.trainer.compute_dtype):
             report["warning"] = warning
             log.warning("version %d: %s", pending.version, warning)
+        elif self.save_problem:
+            report["warning"], self.save_problem = self.save_problem, ""
         if self.publisher is not None:
             report |= self.publisher.timings
         try:
@@ -356,7 +358,8 @@ class Training:
         """A checkpoint that could not be written is no reason to end: the one before is whole, the next may succeed."""
         self.checkpoints.poll()
         for problem in self.checkpoints.failed:
-            log.warning("%s; going on, the newest checkpoint is of version %s", problem, self.checkpoints.latest())
+            self.save_problem = f"{problem}; going on, the newest checkpoint is of version {self.checkpoints.latest()}"
+            log.warning("%s", self.save_problem)
         self.saves_failed += len(self.checkpoints.failed)
         self.checkpoints.failed.clear()
 

@@ -97,6 +97,20 @@ def test_a_refused_version_is_sent_again_after_a_pause():
     assert [u.version for u in worker.updates] == [0]
 
 
+def test_a_refused_version_that_was_overtaken_is_followed_by_the_newest_at_once():
+    world = World(config(max_staleness=3), 20)
+    worker = start(world)
+    finish(world, worker, 0, 1, 2, 3)
+    world.get_batch(0)
+    world.publish(1)
+    world.get_batch(1)
+    world.publish(2)
+    world.load(worker, error="version 1 is gone")
+    assert [u.version for u in worker.updates] == [2]
+    world.load(worker, error="version 2 is gone")
+    assert not worker.updates  # but not for ever
+
+
 # --- Batches and staleness -----------------------------------------------------------------------------------------
 
 

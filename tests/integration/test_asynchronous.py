@@ -51,6 +51,7 @@ def processes_of(workdir: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_quick_start_learns_across_ctrl_c_and_keeps_its_promises(tmp_path):
     run = tmp_path / "run"
     settings = {"trainer__steps": STEPS, "trainer__eval_every": 0, "trainer__checkpoint_every": 4}

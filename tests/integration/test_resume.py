@@ -8,6 +8,7 @@ import subprocess
 import pytest
 from whole_runs import steps
 
+from areal_jax.metrics.trained import read_trained
 from tools import accounts, soak
 
 SYNCHRONOUS = {
@@ -40,16 +41,14 @@ def test_from_the_checkpoint_of_every_step_a_synchronous_run_goes_on_bit_for_bit
     whole = make_run(tmp_path / "whole", cache, **SYNCHRONOUS)
     finish(whole, STEPS)
     expected, weights = steps(whole.workdir), (whole.workdir / "export/model.safetensors").read_bytes()
-    samples = [batch.groups for batch in accounts.read(whole.workdir)]
+    samples = read_trained(whole.workdir)
     assert len(expected) == STEPS and any(row["reward/std"] > 0 for row in expected)
     for version in range(1, STEPS):
         resumed = make_run(tmp_path / f"from_{version}", cache, **SYNCHRONOUS)
         shutil.copytree(whole.workdir / f"checkpoints/{version}", resumed.workdir / f"checkpoints/{version}")
         shutil.copy(whole.workdir / "config.json", resumed.workdir)
         finish(resumed, STEPS)
-        lines = accounts.read(resumed.workdir)
-        assert [line.version for line in lines] == list(range(version, STEPS))
-        assert [line.groups for line in lines] == samples[version:]
+        assert read_trained(resumed.workdir) == {step: samples[step] for step in range(version, STEPS)}
         for ours, theirs in zip(steps(resumed.workdir), expected[version:], strict=True):
             for name in ("actor/loss", "actor/grad_norm", "actor/update_norm", "reward/mean", "actor/entropy"):
                 assert ours[name] == theirs[name], (version, name)
@@ -63,7 +62,7 @@ def test_an_asynchronous_run_loses_and_repeats_nothing_when_all_of_it_is_killed_
     run = make_run(tmp_path / "run", cache, **{"trainer.checkpoint_every": 2, "data.train": "arithmetic:count=96"})
 
     def until_trained(version):
-        while max((line.version for line in accounts.read(run.workdir)), default=-1) < version:
+        while max(read_trained(run.workdir), default=-1) < version:
             with pytest.raises(subprocess.TimeoutExpired):  # it must not end
                 run.launcher.wait(0.2)
 
@@ -77,21 +76,21 @@ def test_an_asynchronous_run_loses_and_repeats_nothing_when_all_of_it_is_killed_
         run.start()
         until_trained(5)
         signal_all(signal.SIGKILL)
-        killed_at, saved = accounts.read(run.workdir)[-1].version, accounts.newest_state(run.workdir).version
+        killed_at, saved = max(read_trained(run.workdir)), accounts.newest_state(run.workdir).version
         assert 0 < saved <= killed_at + 1
         run.start()
         until_trained(killed_at + 3)
         signal_all(signal.SIGTERM)
-        trained = accounts.read(run.workdir)[-1].version + 1
+        trained = max(read_trained(run.workdir)) + 1
         assert accounts.newest_state(run.workdir).version == trained, "SIGTERM did not save: " + run.log()
         run.overrides.append("--config.rollout.workers=1")
         finish(run, trained + 6)
     finally:
         for process in run.processes():
             process.kill()
-    lines, state = accounts.read(run.workdir), accounts.newest_state(run.workdir)
+    trained_on, state = read_trained(run.workdir), accounts.newest_state(run.workdir)
     assert len(state.ledger.epochs_done) >= 1
     bound, size = soak.SETTINGS["controller.max_staleness"], soak.SETTINGS["controller.group_size"]
-    assert accounts.problems(lines, state, steps=trained + 6, bound=bound, group_size=size) == []
+    assert accounts.problems(trained_on, state, steps=trained + 6, bound=bound, group_size=size) == []
     summary = json.loads((run.workdir / "summary.json").read_text())
     assert summary["trained_samples"] == (trained + 6) * 16 * size and summary["max_staleness"] <= bound

@@ -77,6 +77,8 @@ def broken(config, key, value):
         ("rollout.python", "/nowhere/python", "rollout.python='/nowhere/python' is not an executable file"),
         ("rewards.verifiers", ("no.such.module:f",), "'no.such.module:f' does not import: ModuleNotFoundError"),
         ("rewards.verifiers", (), "rewards.verifiers is empty"),
+        ("rewards.verifier_args", ({"mod": "boxed"},), "verify_math does not take mod; it takes completion"),
+        ("rewards.verifiers", ("areal_jax.rewards:verify_code",), "verify_code needs ['tests']; the record has"),
         ("rewards.weights", (1.0, 2.0), "rewards.weights has 2 entries for 1 verifiers"),
         ("rewards.address", "127.0.0.1:80", "is not an address"),
         ("model", "", "no model given"),
@@ -182,6 +184,9 @@ def test_the_command_line_says_one_line_and_exits_with_2(checkpoint, tmp_path, c
     modes = [oct(path.stat().st_mode)[-3:] for path in (workdir, workdir / "keys/client.secret")]
     assert modes == ["700", "600"]
     assert launcher.main([*options, "--prepare"]) == 0  # again is no error
+    others = ["--config.rollout.workers=3", "--config.trainer.data_parallel=-1", "--config.trainer.fsdp=1"]
+    assert launcher.main([*options, *others, "--prepare"]) == 0  # nor are other workers or another mesh
+    assert json.loads((workdir / "config.json").read_text())["rollout"]["workers"] == 3
     capsys.readouterr()
     assert launcher.main([*options, "--config.trainer.learning_rate=1.0"]) == 2
     assert "holds a run with trainer.learning_rate=2e-05, not 1.0" in capsys.readouterr().err

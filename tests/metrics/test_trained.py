@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import numpy as np
+
 from areal_jax.metrics.trained import TrainedGroup, TrainedWriter, read_trained
 
 
@@ -22,6 +24,18 @@ def test_every_step_is_read_as_it_was_written(tmp_path):
         0: [TrainedGroup(0, 5, 0, 2, 0), TrainedGroup(0, 3, 1, 2, 0)],
         1: [TrainedGroup(epoch=0, record=4, group=2, samples=2, oldest=1)],
     }
+
+
+def test_the_same_samples_have_the_same_digest_and_no_others(tmp_path):
+    def sampled(**changes):
+        arrays = {"tokens": np.int32([1, 2]), "logprobs": np.float32([-1, -2]), "versions": np.int32([0, 0])}
+        trajectory = SimpleNamespace(**arrays | {"reward": 1.0} | changes)
+        return SimpleNamespace(**vars(group(0, 0)) | {"samples": [[trajectory]]})
+
+    others = {"tokens": np.int32([1, 3]), "logprobs": np.float32([-1, -2.0000002]), "reward": 0.5}
+    write(tmp_path, (0, sampled(), sampled(), *(sampled(**{name: value}) for name, value in others.items())))
+    one, same, *different = (row.digest for row in read_trained(tmp_path)[0])
+    assert one == same and len({one, *different}) == 4
 
 
 def test_steps_made_again_after_a_checkpoint_count_once(tmp_path):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from areal_jax.launch import child
+from areal_jax.metrics.writers import read_metrics
 from areal_jax.transport import messages as m
 from tests.trainer import fake
 
@@ -19,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 def start(workdir, process):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", "areal_jax.trainer", "--workdir", str(workdir), "--process", str(process)]
+    command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when the tests do
+    command += [sys.executable, "-m", "areal_jax.trainer", "--workdir", str(workdir), "--process", str(process)]
     log = open(workdir / f"trainer-{process}.log", "w")  # noqa: SIM115
     return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=workdir)
 
@@ -98,18 +101,20 @@ def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_the_last_whole_on
         controller.on_batch = limit
         trainer = start(workdir, 0)
         try:
-            assert trainer.wait(120) == 1, log.read_text()[-3000:]  # the last one had to be written
+            assert trainer.wait(240) == 1, log.read_text()[-3000:]  # the last one had to be written
             text = log.read_text()
             assert "the checkpoint of version 3 could not be written" in text and "going on, the newest" in text
             last = text.strip().splitlines()[-1]
             assert last.startswith("areal_jax.trainer: CheckpointError: the checkpoint of version 6 could not be")
             assert not list((workdir / "checkpoints").glob("*tmp*"))
+            failed = [row["checkpoint/failed"] for row in read_metrics(workdir)[1:]]
+            assert failed == sorted(failed) and failed[0] == 0 and failed[-1] >= 1
             whole = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
             assert whole in (4, 5)  # that of 5 was begun before there was no room
             controller.log.clear()
             full.clear()
             trainer = start(workdir, 0)
-            assert trainer.wait(120) == 0, log.read_text()[-3000:]
+            assert trainer.wait(240) == 0, log.read_text()[-3000:]
         finally:
             trainer.kill()
     assert controller.state.version == whole and controller.state.data == b"state of %d" % whole

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_killed_rollout_worker_leaves_no_process_and_no_memory(tmp_path):
+def test_a_killed_rollout_worker_leaves_no_process_no_memory_and_no_file(tmp_path):
     script = textwrap.dedent(f"""
         import asyncio, sys
         import numpy as np
@@ -46,11 +47,12 @@ def test_a_killed_rollout_worker_leaves_no_process_and_no_memory(tmp_path):
     """)
     (tmp_path / "worker.py").write_text(script)
     checkpoints.write_config("qwen3", tmp_path / "model")
+    temporary = tempfile.TemporaryDirectory(prefix="areal_jax-")  # a short path: vLLM has sockets there
     worker = subprocess.Popen(
         [sys.executable, str(tmp_path / "worker.py")],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temporary.name},
     )
     try:
         while (line := worker.stdout.readline().strip()) != "ready":
@@ -67,4 +69,6 @@ def test_a_killed_rollout_worker_leaves_no_process_and_no_memory(tmp_path):
         worker.kill()
         worker.stdout.close()
     cleanup(tmp_path)
-    assert not [path for path in shared if os.path.exists(path)]
+    assert any("cpushm" in path for path in shared) and not [path for path in shared if os.path.exists(path)]
+    with temporary as folder:
+        assert not list(Path(folder).glob("vllm_dist*"))

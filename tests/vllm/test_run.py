@@ -123,6 +123,8 @@ def watch(run: Run) -> None:
         maps = [m.path for p in (process, *process.children(recursive=True)) for m in p.memory_maps()]
         run.libraries[side] = {package for package in (*JAX, *TORCH) if any(f"/{package}/" in path for path in maps)}
     engine, *_ = vllm_processes(before["roles"]["rollout-0"]["pid"])
+    engine.suspend()  # so that it has samples when it is killed
+    run.wait(lambda: run.status()["roles"]["rollout-0"]["running"])
     engine.kill()
     notes = run.wait(lambda: [note for note in run.status()["notes"] if "rollout-0 said goodbye" in note], 60)
     run.goodbye = notes[-1]
@@ -152,7 +154,8 @@ def test_workers_load_one_after_another_so_that_the_fleet_never_stands_still(run
 
 def test_a_killed_vllm_is_reported_and_its_samples_go_to_others(run):
     assert "vLLM's engine process ended" in run.goodbye and "with 0 samples" not in run.goodbye, run.goodbye
-    assert run.rejoined["workers_died"] == 1 and run.rejoined["failed"] == {} and run.rejoined["quarantined"] == 0
+    assert run.rejoined["workers_died"] == 1 and run.rejoined["quarantined"] == 0
+    assert run.rejoined["failed"].keys() <= {"weights_refused"}  # no sample; a version may be gone before it is read
     assert run.rejoined["version"] > run.left_at + 8  # and training went on
 
 

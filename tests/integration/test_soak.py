@@ -1,0 +1,73 @@
+"""The soak tool for half a minute, and the accounts that it ends with: each kind of mistake is named."""
+
+import json
+
+import pytest
+from whole_runs import ROOT, python
+
+from areal_jax.controller.ledger import CONSUMED, OPEN
+from areal_jax.controller.snapshot import CoreState, FinishedState, LedgerState, PromptState
+from areal_jax.metrics.trained import TrainedGroup
+from tools import accounts
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_short_soak_kills_and_finds_nothing_wrong(tmp_path):
+    found = tmp_path / "soak.json"
+    done = python(
+        ROOT / "tools/soak.py", "--minutes=0.7", "--every=2,4", f"--workdir={tmp_path / 'run'}", f"--json={found}",
+        f"--plot={tmp_path / 'soak.png'}", "--config.rollout.workers=1", timeout=550,
+    )  # fmt: skip
+    assert done.returncode == 0
+    result = json.loads(found.read_text())
+    assert result["problems"] == [] and result["kills"]
+    assert result["samples"] == result["steps"] * 64 and max(map(int, result["groups_by_lag"])) <= result["bound"]
+    assert {"controller", "rewards-0", "rollout-0", "trainer-0", "launcher", "guardian"} <= set(result["roles"])
+    assert (tmp_path / "soak.png").stat().st_size > 10_000
+
+
+# Eight prompts, two a step: one epoch is over, of the next two are trained on, one waits finished, one is in flight.
+ORDER = {0: (0, (3, 1)), 1: (0, (0, 2)), 2: (0, (5, 4)), 3: (0, (6, 7)), 4: (1, (2, 6))}
+TRAINED = {
+    step: [TrainedGroup(epoch, record, 2 * step + i, 4, max(0, step - i)) for i, record in enumerate(records)]
+    for step, (epoch, records) in ORDER.items()
+}
+FATE = bytes(CONSUMED if i in (2, 6) else OPEN if i in (0, 5) else 0 for i in range(8))
+LEDGER = LedgerState(
+    size=8, seed=1, shuffle=True, epoch=1, cursor=4, next_number=12, fate={1: FATE}, totals={"consumed": 10},
+    epochs_done=[{"epoch": 0, "prompts": 8, "consumed": 8}], again=[], counters={}, failed={}, quarantined=[], lags={},
+    token_lags={},
+)  # fmt: skip
+STATE = CoreState(
+    format=1, version=5, ledger=LEDGER, inflight=[PromptState(1, 0, 10)],
+    finished=[FinishedState(PromptState(1, 5, 11), [])],
+)  # fmt: skip
+
+
+def problems(changed=None, state=STATE, steps=5):
+    return accounts.problems(TRAINED | (changed or {}), state, steps=steps, bound=1, group_size=4)
+
+
+def replaced(struct, **values):
+    return type(struct)(**({name: getattr(struct, name) for name in struct.__struct_fields__} | values))
+
+
+def test_right_accounts_are_right():
+    assert problems() == []
+
+
+def test_each_mistake_is_named():
+    (twice, *_) = problems({2: [TrainedGroup(0, 5, 4, 4, 2), TrainedGroup(0, 6, 5, 4, 2)]})
+    assert twice == "record 6 of epoch 0 was trained on 2 times"
+    good = TrainedGroup(1, 2, 8, 4, 4)
+    old = "step 4 trained on version 2 (group 9); the bound is 1"
+    assert problems({4: [good, TrainedGroup(1, 6, 9, 4, 2)]}) == [old]
+    assert problems({4: [good, TrainedGroup(1, 6, 9, 3, 4)]}) == ["step 4 trained on 3 of 4 samples of group 9"]
+    assert problems(state=replaced(STATE, inflight=[])) == ["lost, neither trained on nor waiting: [(1, 0)]"]
+    again = replaced(LEDGER, again=[PromptState(1, 5, -1)])
+    assert problems(state=replaced(STATE, ledger=again)) == ["record 5 of epoch 1 waits 2 times"]
+    assert "epoch 1: the ledger and the trainer differ on records [6]" in problems({4: [good]})
+    assert "no batch is known for steps [5]" in problems(steps=6)
+    (short, *_) = problems({1: [TrainedGroup(0, 0, 2, 4, 1)]})
+    assert short.startswith("epoch 0: 7 prompts were trained on; the ledger says")
