@@ -48,15 +48,13 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def report(outcomes: list[Outcome], seeds: int) -> str:
-    """The table with where, when, and how often."""
+def report(outcomes: list[Outcome]) -> str:
+    """The table with when, where, and how often."""
     wrong = sum(bool(outcome.problems) for outcome in outcomes)
-    cores = os.cpu_count()
-    machine = f"{cores} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     head = (
-        f"{datetime.date.today():%Y-%m-%d}, {machine}. "
-        f"{len({o.fault for o in outcomes})} faults, {len(outcomes)} runs, "
-        f"{seeds} seeds for each random moment; {wrong} runs did not come out as they must."
+        f"{datetime.date.today():%Y-%m-%d}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python "
+        f"{platform.python_version()}. {len({o.fault for o in outcomes})} faults, {len(outcomes)} runs; {wrong} did "
+        "not come out as they must."
     )
     return f"{head}\n\n{table(outcomes)}"
 
@@ -104,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if options.json:
                     options.json.write_text(json.dumps([dataclasses.asdict(o) for o in outcomes], indent=1) + "\n")
     if options.docs:
-        write_docs(options.docs, report(outcomes, options.seeds))
+        write_docs(options.docs, report(outcomes))
     return int(any(outcome.problems for outcome in outcomes))
 
 

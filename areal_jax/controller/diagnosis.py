@@ -76,8 +76,9 @@ def _worker(core: Core, worker: Worker, now: float) -> str:
 def _fleet(core: Core, now: float) -> str:
     workers = list(core.fleet)
     shown = "; ".join(
-        f"{worker.name} has version {worker.version} and room for {core.fleet.room(worker)}, last heard "
-        f"{now - worker.heard:.1f} s ago: {worker.phase}"
+        f"{worker.name} has version {worker.version} and room for {core.fleet.room(worker)}"
+        + (f", {worker.loads_failed} loads of new weights failed" if worker.loads_failed else "")
+        + f", last heard {now - worker.heard:.1f} s ago: {worker.phase}"
         for worker in workers[:SHOWN]
     )
     return shown or "no rollout worker is there"

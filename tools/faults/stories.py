@@ -221,10 +221,9 @@ def comes_and_goes(ending: int) -> Callable[[Run], None]:
 
 
 def busy(run: Run, worker: str) -> bool:
-    """Whether `worker` generates right now, as the controller sees it."""
+    """Whether `worker` has samples to run right now, as the controller sees it."""
     with contextlib.suppress(TransportError), SyncClient("onlooker", run.workdir) as client:
-        role = client.request(m.GetStatus(), 2.0).data["roles"].get(worker, {})
-        return role.get("running", 0) > 0 and role.get("phase") == "generating"
+        return client.request(m.GetStatus(), 2.0).data["roles"].get(worker, {}).get("running", 0) > 0
     return False
 
 
