@@ -5,6 +5,7 @@ Hardware:  2 CPU cores, 4 GB of memory, no GPU
 Task:      sums of two to eight digits with visible steps, from a checkpoint that tools/make_toy_checkpoint.py made
 """
 
+import os
 from pathlib import Path
 
 from areal_jax.config import default_config
@@ -28,6 +29,7 @@ def get_config():
     c.rollout.steps_per_dispatch = 8
 
     c.launch.compile_cache = "runs/.compiled"  # the next start compiles nothing
+    c.launch.env = {"NPROC": str(max(1, (os.cpu_count() or 1) // 2))}  # XLA's threads: half of the cores for each side
 
     c.trainer.steps = 80
     c.trainer.eval_every = 20

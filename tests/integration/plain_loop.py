@@ -10,6 +10,7 @@ products, which decides the order of their sums.
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class Recipe:
 
 def main(workdir: str, out: str) -> None:
     config = configs.load(workdir)
+    os.environ.update(config["launch"]["env"])  # the number of XLA's threads decides how sums are split
     control = configs.section(ControllerConfig, config["controller"])
     rollout = configs.section(RolloutConfig, config["rollout"])
     train = configs.section(TrainerConfig, config["trainer"])
