@@ -6,9 +6,10 @@ what else its source says. Each format is one function from the source's record 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
+
+from areal_jax.data.boxed import boxed
 
 Record = dict[str, Any]
 
@@ -43,12 +44,12 @@ def prompt_answer(source: Record) -> Record:
 
 
 def math(source: Record) -> Record:
-    """MATH, DeepScaleR and their kind: `problem`, and `answer` or a `solution` whose last \\boxed{} is the answer."""
+    """MATH, DeepScaleR and their kind: `problem`, and `answer` or a `solution` whose last boxes are the answer."""
     problem = text(source, "problem")
     answer = source.get("answer")
     if answer is None:
-        answer = last_boxed(text(source, "solution"))
-        if answer is None:
+        answer = (boxed(text(source, "solution")) or "").strip()
+        if not answer:
             raise BadRecord("it has no 'answer', and its 'solution' has no \\boxed{}")
     rest = {key: value for key, value in source.items() if key not in ("problem", "answer", "prompt")}
     return {"prompt": problem, "answer": str(answer), **rest}
@@ -87,19 +88,6 @@ def text(source: Record, key: str) -> str:
     if not isinstance(source[key], str) or not source[key].strip():
         raise BadRecord(f"its '{key}' is not text: {source[key]!r:.60}")
     return source[key]
-
-
-def last_boxed(solution: str) -> str | None:
-    """What the last \\boxed{...} or \\fbox{...} of a LaTeX text holds (braces balanced), or None."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{|\\boxed\s+(\S+?)(?=\$|\s|$)", solution))):
-        if match.group(1):
-            return match.group(1)
-        depth = 1
-        for end in range(match.end(), len(solution)):
-            depth += {"{": 1, "}": -1}.get(solution[end], 0)
-            if depth == 0:
-                return solution[match.end() : end].strip() or None
-    return None
 
 
 def _is_turn(turn: Any) -> bool:

@@ -125,15 +125,19 @@ def _read(path: str, split: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _files(folder: str, split: str) -> list[str]:
-    """The data files in `folder` that belong to `split`, by their names; they may be of one split only if it is ""."""
-    found: dict[str, list[str]] = {}
+    """The data files in `folder` that belong to `split`, by their names; they may be of one split only if it is "".
+
+    What stands before the split in a path is a configuration ("main/train-..."), and there may be one only.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
     for root, _, names in os.walk(folder):
         for name in names:
             if name.endswith(KINDS) and name not in _ABOUT:
                 path = os.path.join(root, name)
-                words = _SPLIT.findall(os.path.relpath(path, folder).lower())
-                word = words[-1] if words else "train"  # as the hub has it
-                found.setdefault(_SAME_SPLIT.get(word, word), []).append(path)
+                where = os.path.relpath(path, folder)
+                last = max(_SPLIT.finditer(where.lower()), key=re.Match.start, default=None)
+                word, before = (last[0], where[: last.start()]) if last else ("train", "")  # as the hub has it
+                found.setdefault(_SAME_SPLIT.get(word, word), []).append((os.path.dirname(before), path))
     if not found:
         raise DataError(f"the folder '{folder}' holds no file of the kinds {', '.join(KINDS)}")
     if split and split not in found:
@@ -141,7 +145,12 @@ def _files(folder: str, split: str) -> list[str]:
     if not split and len(found) > 1:
         several = ", ".join(sorted(found))
         raise DataError(f"the folder '{folder}' holds several splits ({several}): name one, as in '{folder}:train'")
-    return sorted(found[split or next(iter(found))])
+    chosen = found[split or next(iter(found))]
+    if len(configurations := {configuration for configuration, _ in chosen}) > 1:
+        several = ", ".join(sorted(configurations))
+        one = os.path.join(folder, max(configurations)) + (f":{split}" if split else "")
+        raise DataError(f"the folder '{folder}' holds several configurations ({several}): name one, as in '{one}'")
+    return sorted(path for _, path in chosen)
 
 
 def _open(path: str) -> Any:

@@ -11,7 +11,8 @@ _REWRITTEN = [
     for pattern, replacement in (
         (r"[€£~]|\\\$", " "),
         (r"[°˚]", r"^{\\circ}"),
-        (r"√\(?(\w+)\)?", r"\\sqrt{\1}"),
+        (r"√\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
         (r"\^\s*(?:\{\s*)?\\(?:text|mathrm|textrm)\s*\{(?:st|nd|rd|th)\}(?:\s*\})?", ""),  # 7^{\text{th}}
         (r"\\text(?:bf|rm)?\{(\s*[-+]?\d[^{}]*)\}", r"\1"),  # \text{7 apples}
         (r"(?<=\d)\\[,!](?=\d{3}(?!\d))", ""),  # 5\,000

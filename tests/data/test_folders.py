@@ -47,6 +47,14 @@ def test_training_and_test_problems_are_never_mixed_silently(hub):
         load_dataset(f"{hub}:val")
 
 
+def test_configurations_of_one_data_set_are_never_joined_silently(tmp_path):
+    for name, start in (("main", 0), ("socratic", 10)):
+        parquet(tmp_path / name / "train-00000-of-00001.parquet", 2, start)
+    with pytest.raises(DataError, match=r"configurations \(main, socratic\): name one, as in .*socratic:train"):
+        load_dataset(f"{tmp_path}:train")
+    assert [r["answer"] for r in load_dataset(f"{tmp_path}/main:train")] == ["0", "1"]
+
+
 @pytest.mark.parametrize(
     ("names", "split", "answers"),
     [

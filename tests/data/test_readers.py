@@ -32,6 +32,15 @@ def test_math_takes_the_last_box_with_nested_braces(tmp_path):
     assert record["answer"] == r"\frac{1}{\sqrt{2}}" and record["level"] == "Level 5"
 
 
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [(r"\boxed{2} and \boxed{3}", "2, 3"), (r"\boxed{1}, so \boxed{\left\{x\right.}", r"\left\{x\right.")],
+)
+def test_a_gold_solution_is_read_as_a_models_answer_is(tmp_path, solution, answer):
+    (record,) = load_dataset(write(tmp_path / "a.jsonl", {"problem": "p", "solution": solution}))
+    assert record["answer"] == answer
+
+
 def test_json_and_parquet_hold_the_same_records(tmp_path):
     import pyarrow
     import pyarrow.parquet
