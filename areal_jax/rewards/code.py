@@ -183,14 +183,15 @@ def _grade_calls(program: str, given: Calls, limits: Limits, kind: str) -> Grade
             frame = next(frames)
             if not isinstance(frame, dict):
                 raise exchange.PeerGone("the program sent what is not a result")
-            found = exchange.decode(frame["ok"], lambda *_: exchange.PeerGone) if "ok" in frame else exchange.PeerGone
+            found = exchange.decode_json(frame["ok"]) if "ok" in frame else exchange.PeerGone
         except (StopIteration, exchange.PeerGone) as error:
             reason = reason or result.reason or str(error) or "the program ended"
             break
         if found is not exchange.PeerGone and any(same_value(found, expected) for expected in acceptable):
             passed += 1
         else:
-            reason = reason or str(frame.get("error", "wrong_answer"))[:300]
+            error = frame.get("error")
+            reason = reason or (error[:300] if isinstance(error, str) else "wrong_answer")
     return Grade(passed, len(given.cases), reason)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from areal_jax.rewards import VerifierError, VerifierPool, VerifierTimeout, code, sandbox, verify_code
+from areal_jax.rewards import VerifierError, VerifierPool, VerifierTimeout, code, exchange, sandbox, verify_code
 from areal_jax.rewards.code import extract_program, grade_code
 from areal_jax.rewards.code_tests import Calls, read_tests, same_output, same_value
 from tools.mutants import mutants, plainly
@@ -259,6 +259,29 @@ def test_values_are_compared_as_json():
     assert not same_value(True, 1) and not same_value(1, True) and not same_value("1", 1)
     assert not same_value([1], [1, 2]) and not same_value({"a": 1}, {"a": 1, "b": 2})
     assert isinstance(read_tests({"fn_name": "f", "inputs": [[1]], "outputs": [[2]]}), Calls)
+
+
+def test_what_a_program_returns_is_compared_as_json_and_only_texts_of_it_are_hashed():
+    def sent(value):
+        return exchange.decode_json(exchange.encode(value, lambda value: ["o", 0, type(value).__name__]))
+
+    keys = {"a": 1, 2: (3, 1 << 60), 4.5: None, None: {True: "x"}, 1 << 60: 5}
+    found = {"a": 1, "2": [3, 1 << 60], "4.5": None, "None": {"True": "x"}, str(1 << 60): 5}
+    assert sent(keys) == found and same_value(sent(keys), found)
+    for foreign in ({1, 2}, frozenset(), {(1, 2): 3}, object(), b"x", 1j):
+        assert not any(same_value(sent([foreign]), [value]) for value in ([1, 2], [], {}, {"(1, 2)": 3}, None, "x"))
+    for broken in ([], ["l"], ["l", 1], ["i", "?"], ["d", [1]], {"l": 1}, ["d", [[["i", "f" * 5000], 1]]]):
+        with pytest.raises(exchange.PeerGone):
+            exchange.decode_json(broken)
+
+
+def test_a_frame_that_takes_more_memory_than_there_is_is_the_programs_failure(monkeypatch):
+    def loads(data):
+        raise MemoryError
+
+    monkeypatch.setattr(exchange, "json", types.SimpleNamespace(loads=loads))
+    with pytest.raises(exchange.PeerGone):
+        list(exchange.split_frames(b"\2\0\0\0[]"))
 
 
 # --- HumanEval -----------------------------------------------------------------------------------------------------
