@@ -139,7 +139,8 @@ def timed(monkeypatch):
         clock[0] += min(seconds, limits.cpu_seconds, limits.wall_seconds)
         if seconds < min(limits.cpu_seconds, limits.wall_seconds):
             return sandbox.RunResult("", "1", "", seconds)
-        return sandbox.RunResult("cpu_limit" if limits.cpu_seconds < limits.wall_seconds else "timeout", "", "", seconds)
+        reason = "cpu_limit" if limits.cpu_seconds < limits.wall_seconds else "timeout"
+        return sandbox.RunResult(reason, "", "", seconds)
 
     monkeypatch.setattr(sandbox, "run_script", run_script)
     many = {"inputs": ["1"] * 9, "outputs": ["1"] * 9}
@@ -158,11 +159,11 @@ def test_no_test_of_a_script_goes_on_beyond_the_time_for_all_of_them(timed):
 
 
 def test_one_test_that_takes_most_of_the_time_for_all_is_the_programs_doing_and_many_slow_ones_are_not(timed):
-    run, clock, walls = timed
+    run, _, walls = timed
     graded = run([1, 99], cpu_seconds=60)
     assert graded["passed"] == 1 and graded["reason"] == "timeout" and walls == [12.0, 11.0]
     walls.clear()
-    with pytest.raises(VerifierTimeout, match="together took more.*; 4 of 9 passed"):
+    with pytest.raises(VerifierTimeout, match=r"together took more.*; 4 of 9 passed"):
         run([2.5] * 9)
 
 

@@ -129,7 +129,7 @@ def test_what_has_taken_the_place_of_a_version_is_refused(publisher):
     ends = os.pipe()
     with socket.socket() as taken:
         for fd in (taken.fileno(), *ends):
-            with pytest.raises(WeightsRefused, match="version 0 (cannot be read|is gone)"):
+            with pytest.raises(WeightsRefused, match=r"version 0 (cannot be read|is gone)"):
                 open_version(msgspec.structs.replace(manifest, path=f"/proc/{os.getpid()}/fd/{fd}"))
     for fd in ends:
         os.close(fd)
