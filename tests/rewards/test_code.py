@@ -315,6 +315,12 @@ def check_human_eval(step: int, isolation: str) -> int:
     return len(records)
 
 
+def test_what_a_trusted_program_writes_is_not_taken_for_a_verdict():
+    record = {"test": "def check(candidate):\n    assert candidate() == 1", "entry_point": "one"}
+    loud = "import sys\nprint(1, file=sys.stderr)\nx = 1 is 1\ndef one():\n    print(0)\n    return {}"
+    assert plainly([(record, loud.format(n)) for n in (1, 2, 1)]) == [True, False, True]
+
+
 def test_a_sample_of_human_eval():
     check_human_eval(25, OPTIONS["isolation"])
 
