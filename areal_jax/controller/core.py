@@ -136,13 +136,16 @@ class Core(Scheduler):
 
     def sample_failed(self, failure: m.SampleFailed, now: float) -> None:
         worker = self.fleet.workers.get(failure.name)
-        if self.stop_on_failure and is_verifiers(failure.error):
+        group = self._running(failure) if failure.group >= 0 else None
+        late = group is None
+        if failure.group < 0:
+            late = not self.evaluations.failed(failure, worker)
+            self.counters["late_results"] += late
+        if not late and self.stop_on_failure and is_verifiers(failure.error):
             self.failed[failure.error] += 1
             self.stop(f"rewards.on_error is 'stop', and a verification failed: {failure.error}: {failure.detail}")
             return
-        if failure.group < 0:
-            self.counters["late_results"] += not self.evaluations.failed(failure, worker)
-        elif group := self._running(failure):
+        if group is not None:
             worker.running.discard((failure.group, failure.sample))
             self._sample_failed(group, failure.sample, failure.error, failure.detail, now)
         self._schedule(now)
@@ -159,7 +162,10 @@ class Core(Scheduler):
             overtaken = self.manifest is not None and self.manifest.version > loaded.version
             at_once = overtaken and worker.loads_failed == 1
             worker.retry_at = now if at_once else now + min(2.0**worker.loads_failed, 30.0)
-            self.failed["weights_refused"] += 1
+            if overtaken:
+                self.counters["overtaken_loads"] += 1
+            else:
+                self.failed["weights_refused"] += 1
             self.telemetry.note(f"{worker.name} could not load version {loaded.version}: {loaded.error}", now)
         else:
             worker.version, worker.loads_failed, worker.timings = loaded.version, 0, loaded.timings

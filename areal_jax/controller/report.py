@@ -208,6 +208,7 @@ class Telemetry:
             "quarantined_prompts": list(core.quarantined),
             "late_results": core.counters["late_results"],
             "duplicate_results": core.counters["duplicate_results"],
+            "overtaken_loads": core.counters["overtaken_loads"],
             "workers_died": core.counters["workers_died"],
             "epochs": core.ledger.epochs_done[-10:],
             "received_samples": self.received_samples,

@@ -51,15 +51,17 @@ def read_frame(fd: int) -> Any:
 
 def split_frames(data: bytes) -> Iterator[Any]:
     """The values of the whole frames in `data`; raises `PeerGone` at one that is malformed."""
-    while len(data) >= _FRAME.size:
-        (size,) = _FRAME.unpack_from(data)
-        if len(data) < _FRAME.size + size:
+    begin = _FRAME.size
+    while begin <= len(data):
+        (size,) = _FRAME.unpack_from(data, begin - _FRAME.size)
+        end = begin + size
+        if end > len(data):
             return
         try:
-            yield json.loads(data[_FRAME.size : _FRAME.size + size])
-        except (ValueError, RecursionError):
+            yield json.loads(data[begin:end])
+        except (ValueError, RecursionError, MemoryError):
             raise PeerGone("the program sent what is not a value") from None
-        data = data[_FRAME.size + size :]
+        begin = end + _FRAME.size
 
 
 def encode(value: Any, other: Callable[[Any], Any]) -> Any:
@@ -129,6 +131,30 @@ def decode(data: Any, other: Callable[[list, str], Any]) -> Any:
     except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError):
         pass
     raise PeerGone("the program sent what is not a value")
+
+
+def decode_json(data: Any) -> Any:
+    """The JSON value that `encode` made `data` of, for a comparison outside of any sandbox. Raises `PeerGone`.
+
+    Tuples and deques become lists, and dicts have texts as keys, as in JSON. What JSON cannot say (sets, objects, keys
+    that are containers) becomes `PeerGone`, the class, which equals no value. Only texts are ever hashed: a program
+    that chooses what is hashed can choose a million numbers with one hash.
+    """
+    if data is None or isinstance(data, bool | str | int | float):
+        return data
+    try:
+        tag = data[0]
+        if tag in ("l", "t", "q"):
+            return [decode_json(item) for item in data[1]]
+        if tag == "i":
+            return int(data[1], 16)
+        if tag == "d":
+            items = [(decode_json(key), decode_json(value)) for key, value in data[1]]
+            if all(key is None or isinstance(key, bool | str | int | float) for key, _ in items):
+                return {str(key): value for key, value in items}  # ValueError: an int with thousands of digits
+    except (LookupError, TypeError, ValueError, RecursionError, MemoryError):
+        raise PeerGone("the program sent what is not a value") from None
+    return PeerGone
 
 
 def describe(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from areal_jax.rewards.worker import INSIDE_WORKER, LENGTH, Call, Reply
 
 # Linux kills a worker when the *thread* that started it ends; so all workers are started by one thread that never does.
 _starter = ThreadPoolExecutor(1, thread_name_prefix="verifier-starter")
-_PREFIX = "verifier-"  # of temporary folders
+_PREFIX, _MARKER = "areal-jax-verifier-", ".areal-jax-verifier"  # of temporary folders; a file in each of them
 _encode = msgspec.msgpack.Encoder(enc_hook=lambda value: value.tolist()).encode  # numpy arrays and scalars
 _decode = msgspec.msgpack.Decoder(Reply).decode
 
@@ -40,14 +40,11 @@ class WorkerOverran(VerifierError):
 
 def make_folder() -> tuple[str, int]:
     """A temporary folder for one verifier process, and the descriptor that holds it against `sweep_folders`."""
-    while True:
-        folder = tempfile.mkdtemp(prefix=_PREFIX)
-        with contextlib.suppress(FileNotFoundError):  # swept before it was locked
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if os.path.exists(folder):
-                return folder, descriptor
-            os.close(descriptor)
+    folder = tempfile.mkdtemp(prefix=_PREFIX)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    Path(folder, _MARKER).touch()  # not before it is locked: without the marker it is not swept
+    return folder, descriptor
 
 
 def sweep_folders() -> None:
@@ -58,6 +55,7 @@ def sweep_folders() -> None:
             try:
                 if os.fstat(descriptor).st_uid == os.getuid():
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.stat(_MARKER, dir_fd=descriptor, follow_symlinks=False)  # else it is not one of ours
                     remove_folder(str(path))
             finally:
                 os.close(descriptor)

@@ -175,10 +175,13 @@ def _wait_for(path: Path, manifest: Manifest, timeout: float) -> None:
 def _map(manifest: Manifest, path: Path) -> tuple[mmap.mmap, tuple[int, int, int]]:
     """Map the file under a shared lock, which lasts as long as the mapping; also returns what identifies the bytes."""
     gone = f"version {manifest.version} is gone: {path} has been replaced by a newer version"
+    unreadable = f"version {manifest.version} cannot be read from {path}"  # a socket or a pipe may be there by now
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise WeightsRefused(gone) from None
+    except OSError as error:
+        raise WeightsRefused(f"{unreadable}: {error}") from error
     try:
         with contextlib.suppress(OSError) if manifest.transport == "disk" else contextlib.nullcontext():
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -193,8 +196,10 @@ def _map(manifest: Manifest, path: Path) -> tuple[mmap.mmap, tuple[int, int, int
             )
         mapped = mmap.mmap(fd, manifest.nbytes, prot=mmap.PROT_READ)  # keeps a duplicate of fd, and so the lock
         return mapped, (found.st_dev, found.st_ino, found.st_mtime_ns)
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         raise WeightsRefused(gone) from None
+    except OSError as error:
+        raise WeightsRefused(f"{unreadable}: {error}") from error
     finally:
         os.close(fd)
 

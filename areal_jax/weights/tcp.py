@@ -161,12 +161,12 @@ def _use(folder: Path) -> None:
         return
     store.sweep(folder.parent)
     while True:
-        users = store.make_private(folder) / store.USERS
-        _used[folder] = users.open("wb")  # open for as long as this process lives
-        fcntl.flock(_used[folder], fcntl.LOCK_SH)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # swept away before the lock was ours
+            users = store.make_private(folder) / store.USERS
+            _used[folder] = users.open("wb")  # open for as long as this process lives
+            fcntl.flock(_used[folder], fcntl.LOCK_SH)
             if users.stat().st_ino == os.fstat(_used[folder].fileno()).st_ino:
-                break  # else it was swept away before the lock was ours
+                break
 
     @atexit.register
     def leave() -> None:

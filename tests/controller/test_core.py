@@ -79,8 +79,10 @@ def test_a_refused_version_that_was_overtaken_is_followed_by_the_newest_at_once(
     world.publish(2)
     world.load(worker, error="version 1 is gone")
     assert [u.version for u in worker.updates] == [2]
+    assert world.core.counters["overtaken_loads"] == 1 and not world.core.failed, "that is no failure"
     world.load(worker, error="version 2 is gone")
     assert not worker.updates  # but not for ever
+    assert world.core.counters["overtaken_loads"] == 1 and world.core.failed == {"weights_refused": 1}
 
 
 # --- Batches and staleness -----------------------------------------------------------------------------------------

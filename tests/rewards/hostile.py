@@ -221,5 +221,11 @@ BREAK = {
         "def double(n):\n    class E(Exception):\n        def __str__(self): return chr(0xdc80)\n    raise E",
         [8, 10],
     ),
+    "a set of numbers that all have one hash": (
+        "import json, os, struct\nv = [k * (2**61 - 1) for k in range(1, 300_000)]\ndef double(n):\n"
+        "    frame = json.dumps({'ok': ['s', v]}).encode()\n    for fd in range(3, 64):\n"
+        "        try: os.write(fd, struct.pack('<I', len(frame)) + frame)\n        except OSError: pass\n    return 1",
+        [8, 10],
+    ),
     "a deep result": ("def double(n):\n    d = {}\n    for _ in range(400): d = {'a': d}\n    return d", [{"a": 8}, 10]),
 }

@@ -4,12 +4,13 @@ import asyncio
 import json
 import os
 import tempfile
+import types
 from pathlib import Path
 
 import psutil
 import pytest
 
-from areal_jax.rewards import VerifierError, VerifierPool, VerifierTimeout, sandbox, verify_code
+from areal_jax.rewards import VerifierError, VerifierPool, VerifierTimeout, code, exchange, sandbox, verify_code
 from areal_jax.rewards.code import extract_program, grade_code
 from areal_jax.rewards.code_tests import Calls, read_tests, same_output, same_value
 from tools.mutants import mutants, plainly
@@ -125,8 +126,45 @@ def test_a_program_that_runs_for_ever_on_every_test_is_wrong_and_no_failure_of_t
     options = {"reward": "fraction", "cpu_seconds": 1, "total_seconds": 1.5}
     graded = grade("while True: pass", many, **options)
     assert graded["reward"] == 0.0 and graded["tests"] == 9 and graded["reason"] in ("cpu_limit", "timeout")
-    with pytest.raises(VerifierTimeout, match="together took more"):
-        grade("import time\ntime.sleep(0.6)\nprint(1)", many, **options)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Programs that are a list of seconds, one for each test, against a clock of their own; no sandbox is needed."""
+    clock, walls = [0.0], []
+    monkeypatch.setattr(code, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def run_script(program, stdin, *, limits, isolation):
+        seconds, walls[:] = json.loads(program)[len(walls)], [*walls, limits.wall_seconds]
+        clock[0] += min(seconds, limits.cpu_seconds, limits.wall_seconds)
+        if seconds < min(limits.cpu_seconds, limits.wall_seconds):
+            return sandbox.RunResult("", "1", "", seconds)
+        reason = "cpu_limit" if limits.cpu_seconds < limits.wall_seconds else "timeout"
+        return sandbox.RunResult(reason, "", "", seconds)
+
+    monkeypatch.setattr(sandbox, "run_script", run_script)
+    many = {"inputs": ["1"] * 9, "outputs": ["1"] * 9}
+
+    def run(seconds, **options):
+        return grade_code(json.dumps(seconds), many, isolation="landlock", reward="fraction", time_limit=15, **options)
+
+    return run, clock, walls
+
+
+def test_no_test_of_a_script_goes_on_beyond_the_time_for_all_of_them(timed):
+    run, clock, walls = timed
+    graded = run([99] * 9)
+    assert graded["reward"] == 0.0 and graded["tests"] == 9 and graded["reason"] == "cpu_limit"
+    assert clock[0] == 12.0 and walls == [12.0, 7.0, 2.0]
+
+
+def test_one_test_that_takes_most_of_the_time_for_all_is_the_programs_doing_and_many_slow_ones_are_not(timed):
+    run, _, walls = timed
+    graded = run([1, 99], cpu_seconds=60)
+    assert graded["passed"] == 1 and graded["reason"] == "timeout" and walls == [12.0, 11.0]
+    walls.clear()
+    with pytest.raises(VerifierTimeout, match=r"together took more.*; 4 of 9 passed"):
+        run([2.5] * 9)
 
 
 def test_numpy_is_there_and_its_results_are_plain():
@@ -224,6 +262,29 @@ def test_values_are_compared_as_json():
     assert isinstance(read_tests({"fn_name": "f", "inputs": [[1]], "outputs": [[2]]}), Calls)
 
 
+def test_what_a_program_returns_is_compared_as_json_and_only_texts_of_it_are_hashed():
+    def sent(value):
+        return exchange.decode_json(exchange.encode(value, lambda value: ["o", 0, type(value).__name__]))
+
+    keys = {"a": 1, 2: (3, 1 << 60), 4.5: None, None: {True: "x"}, 1 << 60: 5}
+    found = {"a": 1, "2": [3, 1 << 60], "4.5": None, "None": {"True": "x"}, str(1 << 60): 5}
+    assert sent(keys) == found and same_value(sent(keys), found)
+    for foreign in ({1, 2}, frozenset(), {(1, 2): 3}, object(), b"x", 1j):
+        assert not any(same_value(sent([foreign]), [value]) for value in ([1, 2], [], {}, {"(1, 2)": 3}, None, "x"))
+    for broken in ([], ["l"], ["l", 1], ["i", "?"], ["d", [1]], {"l": 1}, ["d", [[["i", "f" * 5000], 1]]]):
+        with pytest.raises(exchange.PeerGone):
+            exchange.decode_json(broken)
+
+
+def test_a_frame_that_takes_more_memory_than_there_is_is_the_programs_failure(monkeypatch):
+    def loads(data):
+        raise MemoryError
+
+    monkeypatch.setattr(exchange, "json", types.SimpleNamespace(loads=loads))
+    with pytest.raises(exchange.PeerGone):
+        list(exchange.split_frames(b"\2\0\0\0[]"))
+
+
 # --- HumanEval -----------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +313,12 @@ def check_human_eval(step: int, isolation: str) -> int:
         wrong += not passes
     assert wrong > len(pairs) // 2
     return len(records)
+
+
+def test_what_a_trusted_program_writes_is_not_taken_for_a_verdict():
+    record = {"test": "def check(candidate):\n    assert candidate() == 1", "entry_point": "one"}
+    loud = "import sys\nprint(1, file=sys.stderr)\nx = 1 is 1\ndef one():\n    print(0)\n    return {}"
+    assert plainly([(record, loud.format(n)) for n in (1, 2, 1)]) == [True, False, True]
 
 
 def test_a_sample_of_human_eval():

@@ -227,6 +227,20 @@ os.kill(os.getpid(), 9)
     assert not left.exists() and used.exists()
 
 
+def test_a_folder_that_is_swept_while_it_is_made_is_made_again(hosts, monkeypatch):
+    make_private, folder, made = store.make_private, store.run_folder(hosts / "run", hosts / "there"), []
+
+    def swept(folder):
+        made.append(make_private(folder))
+        if len(made) == 1:
+            folder.rmdir()
+        return folder
+
+    monkeypatch.setattr(store, "make_private", swept)
+    tcp._use(folder)
+    assert len(made) == 2 and (folder / store.USERS).exists()
+
+
 def test_waiting_for_another_puller_is_bounded(publisher, hosts):
     manifest = publisher.publish(0, tensors().items())
     folder = store.make_private(store.run_folder(hosts / "run", hosts / "there"))

@@ -123,6 +123,18 @@ def test_a_short_file_is_refused_and_named(publisher):
         open_version(manifest)
 
 
+def test_what_has_taken_the_place_of_a_version_is_refused(publisher):
+    """The number of a descriptor that was closed is given to the next file, socket or pipe."""
+    manifest = publisher.publish(0, tensors().items())
+    ends = os.pipe()
+    with socket.socket() as taken:
+        for fd in (taken.fileno(), *ends):
+            with pytest.raises(WeightsRefused, match=r"version 0 (cannot be read|is gone)"):
+                open_version(msgspec.structs.replace(manifest, path=f"/proc/{os.getpid()}/fd/{fd}"))
+    for fd in ends:
+        os.close(fd)
+
+
 @pytest.mark.parametrize("change", [{"offset": -64}, {"offset": 1 << 40}, {"shape": (1 << 50,)}, {"dtype": "object"}])
 def test_a_lying_manifest_is_refused(publisher, change):
     manifest = publisher.publish(0, tensors().items())
