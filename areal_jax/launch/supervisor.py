@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from areal_jax.exits import CANNOT_GO_ON, TOLD_TO_STOP, WRONG_SETTING
 from areal_jax.launch import child
 from areal_jax.launch.guardian import end_groups, send
 from areal_jax.transport.silence import take_silence
 
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
-FINAL = (2, 70)  # exit codes of a role: a setting is wrong, the run cannot go on; starting it again changes nothing
-TOLD_TO_STOP = 75  # it has saved what it needs to go on
+FINAL = (WRONG_SETTING, CANNOT_GO_ON)  # starting the role again changes nothing
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
 
 

@@ -122,7 +122,7 @@ def test_a_signal_ends_the_trainer_first_and_a_role_that_ignores_it_is_killed(tm
     assert any(line.startswith("rollout-0 did not end") for line in told)
 
 
-@pytest.mark.parametrize(("code", "status"), [(75, "stopped"), (2, "failed"), (0, "finished")])
+@pytest.mark.parametrize(("code", "status"), [(75, "stopped"), (2, "failed"), (70, "failed"), (0, "finished")])
 def test_exit_codes_that_restarts_cannot_change(tmp_path, code, status):
     outcome, told, supervisor = run(tmp_path, role("trainer", f"raise SystemExit({code})", restarts=5))
     assert outcome.status == status and supervisor.restarts == 0 and not told
