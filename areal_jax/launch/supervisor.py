@@ -59,6 +59,7 @@ class _Process:
         self.role = role
         self.popen: subprocess.Popen | None = None
         self.started = 0.0
+        self.silent = 0.0  # the seconds of its life that it hung
         self.deaths = 0
         self.given_up = False
         self.left_at: float | None = None  # when it was first seen to have ended well
@@ -137,12 +138,14 @@ class Supervisor:
         return None
 
     def _end_if_silent(self, process: _Process) -> None:
-        """A worker that hangs does not end by itself; once it is killed, it is replaced as any that died."""
-        if not process.role.peers or (silence := take_silence(self._workdir, process.role.name)) is None:
+        """A role that hangs does not end by itself; once it is killed, it is replaced as any that died."""
+        if (silence := take_silence(self._workdir, process.role.name)) is None:
             return
-        if (silence.host, silence.pid) == (socket.gethostname(), process.popen.pid):
+        same = (silence.host, silence.pid) == (socket.gethostname(), process.popen.pid)
+        if same or (not silence.pid and time.monotonic() - process.started > silence.seconds):
+            process.silent = silence.seconds
             self._tell(
-                f"{process.role.name} is killed: the controller has heard nothing from it for {silence.seconds:.0f} s "
+                f"{process.role.name} is killed: {silence.by} has heard nothing from it for {silence.seconds:.0f} s "
                 f"(it was {silence.phase})"
             )
             self._sweep(process)
@@ -156,7 +159,7 @@ class Supervisor:
     def _after_death(self, process: _Process, code: int) -> Outcome | None:
         role = process.role
         self._sweep(process)
-        if time.monotonic() - process.started > STABLE_SECONDS:
+        if time.monotonic() - process.started - process.silent > STABLE_SECONDS:
             process.deaths = 0
         process.deaths += 1
         how = describe_exit(code)
@@ -228,7 +231,7 @@ class Supervisor:
                 (*prepare, *role.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=role.env, process_group=0,
             )  # fmt: skip
-        process.started, process.left_at = time.monotonic(), None
+        process.started, process.silent, process.left_at = time.monotonic(), 0.0, None
         self._note(f"+{process.popen.pid}")
 
     def _note(self, line: str) -> None:

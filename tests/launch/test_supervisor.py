@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from areal_jax.launch import supervisor as supervisor_module
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor, describe_exit, diagnosis
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.weights import store
@@ -204,6 +205,40 @@ def test_a_worker_that_hangs_is_killed_and_replaced_when_the_controller_says_so(
     outcome, told, supervisor = run(tmp_path, role("trainer", until, lives), worker, tick=tick)
     assert outcome.status == "finished" and supervisor.restarts == 1
     assert told[0] == "rollout-0 is killed: the controller has heard nothing from it for 61 s (it was generating)"
+
+
+def test_a_controller_that_hangs_is_replaced_but_not_its_successor_for_the_same_silence(tmp_path):
+    """Nobody else knows its process: whoever has lived for less than the silence is not to blame."""
+    lives = tmp_path / "lives"
+    lives.touch()
+    program = (
+        "import os, signal, sys; f = open(sys.argv[1], 'a+'); f.write('x'); f.flush(); f.seek(0)\n"
+        "if len(f.read()) == 1: os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    until = "import os, sys, time\nwhile os.path.getsize(sys.argv[1]) < 2: time.sleep(0.01)"
+    reports = []
+
+    def tick(_):
+        if lives.stat().st_size == 1 and len(reports) < 2 and not (tmp_path / "silent" / "controller").exists():
+            seconds = 0.0 if reports else 1e6
+            reports.append(Silence("", 0, seconds, "asked for GetBatch", by="trainer-0"))
+            report_silence(tmp_path, "controller", reports[-1])
+
+    controller = role("controller", program, lives, restarts=1)
+    outcome, told, supervisor = run(tmp_path, role("trainer", until, lives), controller, tick=tick)
+    assert outcome.status == "finished" and supervisor.restarts == 1
+    assert told[0] == "controller is killed: trainer-0 has heard nothing from it for 0 s (it was asked for GetBatch)"
+
+
+def test_the_time_that_a_role_hung_does_not_count_as_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor_module, "STABLE_SECONDS", 0.0)
+
+    def tick(supervisor):
+        report_silence(tmp_path, "controller", Silence(socket.gethostname(), supervisor.pid("controller"), 1e6, "idle"))
+
+    controller = role("controller", "import signal; signal.pause()", restarts=2)
+    outcome, _, supervisor = run(tmp_path, role("trainer", FOREVER), controller, tick=tick)
+    assert outcome.role == "controller" and "3 times in a row" in outcome.reason and supervisor.restarts == 2
 
 
 def test_a_run_that_the_controller_has_ended_is_not_begun_again(tmp_path):
