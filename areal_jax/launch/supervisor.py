@@ -69,17 +69,18 @@ class Supervisor:
     """Runs `roles`; the one named first in `leaders` decides: when all leaders ended well, the run is finished. `grace`
     is what a role gets to end when told to, `farewell` what lies between the ends of roles that go by themselves.
 
-    `tell(text)` gets one line per event (a restart, the reason of an end).
+    `tell(text)` gets one line per event (a restart, the reason of an end). `lock` is the descriptor of a locked file
+    that stays locked until nothing of the run is left, whatever becomes of this process.
     """
 
     def __init__(
         self, roles: Sequence[Role], leaders: Sequence[str], workdir: str | os.PathLike, *, grace: float = 60.0,
-        farewell: float = FAREWELL_SECONDS, tell: Callable[[str], None] = print,
+        farewell: float = FAREWELL_SECONDS, tell: Callable[[str], None] = print, lock: int | None = None,
     ):  # fmt: skip
         self._processes = {role.name: _Process(role) for role in roles}
         self._leaders = list(leaders)
         self._workdir, self._logs = Path(workdir).resolve(), Path(workdir) / "logs"
-        self._grace, self._farewell, self._tell = grace, farewell, tell
+        self._grace, self._farewell, self._tell, self._lock = grace, farewell, tell, lock
         self._guardian: subprocess.Popen | None = None
         self._signals = 0
         self.restarts = 0
@@ -108,7 +109,10 @@ class Supervisor:
         """Start the guardian and every role."""
         self._logs.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace), str(self._workdir)]
-        self._guardian = subprocess.Popen(guard, stdin=subprocess.PIPE, text=True, process_group=0, env=_own_env())
+        held = () if self._lock is None else (self._lock,)
+        self._guardian = subprocess.Popen(
+            (*guard, *map(str, held)), stdin=subprocess.PIPE, text=True, process_group=0, env=_own_env(), pass_fds=held
+        )
         for process in self._processes.values():
             self._spawn(process)
 
