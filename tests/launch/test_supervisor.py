@@ -96,7 +96,9 @@ def test_one_of_several_workers_may_be_given_up(tmp_path):
 
     trainer = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
     roles = [role("rollout-0", CRASH, restarts=1, peers="rollout"), role("rollout-1", FOREVER, peers="rollout")]
-    supervisor = Supervisor([role("trainer", trainer, done), *roles], ["trainer"], tmp_path, grace=5, tell=told.append)
+    supervisor = Supervisor(
+        [role("trainer", trainer, done), *roles], ["trainer"], tmp_path, grace=5, farewell=0.0, tell=told.append
+    )
     outcome = supervisor.run(lambda: tick(supervisor), interval=0.01)
     assert outcome.status == "finished"
     assert told[-1] == "rollout-0 ended with exit code 1 2 times in a row and is given up; others go on: 1"
