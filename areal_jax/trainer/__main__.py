@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Orbax's writers, whose failures `Checkpoints` has already told; theirs would come after this program's last line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
