@@ -19,11 +19,10 @@ from areal_jax.controller.snapshot import StateError
 from areal_jax.data.config import DataConfig
 from areal_jax.data.prompts import fitting, prompt_limit
 from areal_jax.data.readers import DataError, Dataset, load_dataset
+from areal_jax.exits import CANNOT_GO_ON, WRONG_SETTING
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.transport.sockets import Server
-
-CANNOT_GO_ON = 70  # exit code: the run is at its end, with a reason; another controller would find the same
 
 
 def make_core(config: dict[str, Any], incarnation: int, now: float) -> Core:
@@ -92,7 +91,7 @@ def main() -> int:
         diagnosis = asyncio.run(serve(core, config, workdir))
     except (configuration.ConfigError, DataError, StateError, TransportError) as error:
         print(f"controller: {error}", file=sys.stderr)
-        return 2
+        return WRONG_SETTING
     if diagnosis:
         print(f"controller: the run cannot go on: {diagnosis}", file=sys.stderr)
     return CANNOT_GO_ON if diagnosis else 0

@@ -5,6 +5,9 @@ started, "-123" when it has ended. The end of the pipe means that the supervisor
 are told to end (so that the trainer saves a checkpoint), and killed after the grace period. Last of all, it removes
 weights that killed processes left on disk or pulled from another host, and the addresses of servers that are gone.
 Until then it imports next to nothing.
+
+It inherits the launcher's lock of the run's folder, so that nobody starts the run again while it is at work, and writes
+into it that the run is about to be over.
 """
 
 import contextlib
@@ -13,8 +16,10 @@ import signal
 import sys
 import time
 
+ENDING = "ending"  # what the lock's file says once the launcher is gone
 
-def watch(lines, grace: float) -> None:
+
+def watch(lines, grace: float, lock: int | None = None) -> None:
     """Read `lines` to their end, then end every process group that was started and has not ended."""
     groups: list[int] = []
     for line in lines:
@@ -23,6 +28,9 @@ def watch(lines, grace: float) -> None:
             groups.append(group)
         elif group in groups:
             groups.remove(group)
+    if lock is not None:
+        os.truncate(lock, 0)
+        os.pwrite(lock, ENDING.encode(), 0)
     end_groups(groups, grace)
 
 
@@ -50,7 +58,7 @@ if __name__ == "__main__":
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError):
-        watch(sys.stdin, float(sys.argv[1]))
+        watch(sys.stdin, float(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
     from areal_jax.transport.endpoints import forget_endpoints
     from areal_jax.weights import cleanup
 

@@ -11,15 +11,18 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from areal_jax import config as configs
 from areal_jax.config import ConfigError
 from areal_jax.launch import summary
+from areal_jax.launch.guardian import ENDING
 from areal_jax.launch.roles import roles_of
 from areal_jax.launch.supervisor import Outcome, Supervisor, diagnosis, log_tail
 from areal_jax.launch.view import make_view
 from areal_jax.transport.endpoints import forget_endpoints, make_keys
+
+_AFTER_GRACE = 30.0  # seconds that a guardian needs for the rest: to start, and to tidy up
 
 # What may differ between the first start of a run and the next: how it is shown and supervised, where it listens, how
 # long it goes on, and on which and how many devices. Everything else would make it another run.
@@ -49,7 +52,7 @@ def prepare(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
         raise ConfigError(f"{workdir} holds something that is not a run (no config.json); use another --workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _lock(workdir):
+        with _lock(workdir, config["launch"]["stop_grace"] + _AFTER_GRACE):
             configs.save(config, workdir)
             make_keys(workdir)
             (workdir / "summary.json").unlink(missing_ok=True)
@@ -61,13 +64,13 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
     """Start all roles of the prepared run in `workdir` and stay until its end; returns the exit code."""
     workdir = Path(workdir)
     try:
-        with _lock(workdir):
+        grace = config["launch"]["stop_grace"]
+        with _lock(workdir, grace + _AFTER_GRACE) as lock:
             _forget_processes(workdir)
             roles, leaders = roles_of(config, workdir)
             started = time.time()
             view = make_view(config, workdir)
-            grace = config["launch"]["stop_grace"]
-            supervisor = Supervisor(roles, leaders, workdir, grace=grace, tell=view.tell)
+            supervisor = Supervisor(roles, leaders, workdir, grace=grace, tell=view.tell, lock=lock)
             with view:
                 outcome = supervisor.run(view.tick)
             _forget_processes(workdir)
@@ -126,14 +129,33 @@ def _steps_done(workdir: Path) -> int:
 
 
 @contextlib.contextmanager
-def _lock(workdir: Path) -> Iterator[None]:
-    """Hold the run's folder; raises `ConfigError` if another launcher does."""
-    with open(workdir / "launch.lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"the run in {workdir} is running already (its launcher holds launch.lock)") from None
-        yield
+def _lock(workdir: Path, patience: float) -> Iterator[int]:
+    """Hold the run's folder by a file whose descriptor is given; raises `ConfigError` if another launcher holds it.
+
+    Waits at most `patience` seconds for a guardian, which ends what a killed launcher has left.
+    """
+    with open(workdir / "launch.lock", "a+", encoding="utf-8") as file:  # not emptied: it may be another's
+        deadline, told = time.monotonic() + patience, False
+        while not _locked(file):
+            file.seek(0)
+            if file.read() != ENDING:
+                raise ConfigError(f"the run in {workdir} is running already (its launcher holds launch.lock)")
+            if time.monotonic() > deadline:
+                raise ConfigError(f"what a killed launcher has left of the run in {workdir} is still ending")
+            if not told:
+                print(f"areal_jax: waiting for what a killed launcher has left of {workdir} to end", file=sys.stderr)
+                told = True
+            time.sleep(0.1)
+        file.truncate(0)
+        yield file.fileno()
+
+
+def _locked(file: IO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _forget_processes(workdir: Path) -> None:

@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from areal_jax.exits import CANNOT_GO_ON, TOLD_TO_STOP, WRONG_SETTING
 from areal_jax.launch import child
 from areal_jax.launch.guardian import end_groups, send
 from areal_jax.transport.silence import take_silence
 
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
-FINAL = (2, 70)  # exit codes of a role: a setting is wrong, the run cannot go on; starting it again changes nothing
-TOLD_TO_STOP = 75  # it has saved what it needs to go on
+FINAL = (WRONG_SETTING, CANNOT_GO_ON)  # starting the role again changes nothing
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
 
 
@@ -59,6 +59,7 @@ class _Process:
         self.role = role
         self.popen: subprocess.Popen | None = None
         self.started = 0.0
+        self.silent = 0.0  # the seconds of its life that it hung
         self.deaths = 0
         self.given_up = False
         self.left_at: float | None = None  # when it was first seen to have ended well
@@ -68,17 +69,18 @@ class Supervisor:
     """Runs `roles`; the one named first in `leaders` decides: when all leaders ended well, the run is finished. `grace`
     is what a role gets to end when told to, `farewell` what lies between the ends of roles that go by themselves.
 
-    `tell(text)` gets one line per event (a restart, the reason of an end).
+    `tell(text)` gets one line per event (a restart, the reason of an end). `lock` is the descriptor of a locked file
+    that stays locked until nothing of the run is left, whatever becomes of this process.
     """
 
     def __init__(
         self, roles: Sequence[Role], leaders: Sequence[str], workdir: str | os.PathLike, *, grace: float = 60.0,
-        farewell: float = FAREWELL_SECONDS, tell: Callable[[str], None] = print,
+        farewell: float = FAREWELL_SECONDS, tell: Callable[[str], None] = print, lock: int | None = None,
     ):  # fmt: skip
         self._processes = {role.name: _Process(role) for role in roles}
         self._leaders = list(leaders)
         self._workdir, self._logs = Path(workdir).resolve(), Path(workdir) / "logs"
-        self._grace, self._farewell, self._tell = grace, farewell, tell
+        self._grace, self._farewell, self._tell, self._lock = grace, farewell, tell, lock
         self._guardian: subprocess.Popen | None = None
         self._signals = 0
         self.restarts = 0
@@ -107,7 +109,10 @@ class Supervisor:
         """Start the guardian and every role."""
         self._logs.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace), str(self._workdir)]
-        self._guardian = subprocess.Popen(guard, stdin=subprocess.PIPE, text=True, process_group=0, env=_own_env())
+        held = () if self._lock is None else (self._lock,)
+        self._guardian = subprocess.Popen(
+            (*guard, *map(str, held)), stdin=subprocess.PIPE, text=True, process_group=0, env=_own_env(), pass_fds=held
+        )
         for process in self._processes.values():
             self._spawn(process)
 
@@ -137,12 +142,14 @@ class Supervisor:
         return None
 
     def _end_if_silent(self, process: _Process) -> None:
-        """A worker that hangs does not end by itself; once it is killed, it is replaced as any that died."""
-        if not process.role.peers or (silence := take_silence(self._workdir, process.role.name)) is None:
+        """A role that hangs does not end by itself; once it is killed, it is replaced as any that died."""
+        if (silence := take_silence(self._workdir, process.role.name)) is None:
             return
-        if (silence.host, silence.pid) == (socket.gethostname(), process.popen.pid):
+        same = (silence.host, silence.pid) == (socket.gethostname(), process.popen.pid)
+        if same or (not silence.pid and time.monotonic() - process.started > silence.seconds):
+            process.silent = silence.seconds
             self._tell(
-                f"{process.role.name} is killed: the controller has heard nothing from it for {silence.seconds:.0f} s "
+                f"{process.role.name} is killed: {silence.by} has heard nothing from it for {silence.seconds:.0f} s "
                 f"(it was {silence.phase})"
             )
             self._sweep(process)
@@ -156,7 +163,7 @@ class Supervisor:
     def _after_death(self, process: _Process, code: int) -> Outcome | None:
         role = process.role
         self._sweep(process)
-        if time.monotonic() - process.started > STABLE_SECONDS:
+        if time.monotonic() - process.started - process.silent > STABLE_SECONDS:
             process.deaths = 0
         process.deaths += 1
         how = describe_exit(code)
@@ -228,7 +235,7 @@ class Supervisor:
                 (*prepare, *role.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=role.env, process_group=0,
             )  # fmt: skip
-        process.started, process.left_at = time.monotonic(), None
+        process.started, process.silent, process.left_at = time.monotonic(), 0.0, None
         self._note(f"+{process.popen.pid}")
 
     def _note(self, line: str) -> None:

@@ -1,7 +1,8 @@
 """One trainer process: `python -m areal_jax.trainer --workdir DIR [--process i]`.
 
-Exit codes: 0 the run is finished; 75 it was told to stop and has saved a checkpoint (start it again to go on); 1 an
-error, described at the end of the output; 2 a setting is wrong.
+Exit codes: 0 the run is finished; 75 it was told to stop and has saved a checkpoint (start it again to go on); 70 it
+cannot go on, for a reason that another start would meet again; 1 an error of any other kind; 2 a setting is wrong. The
+end of the output says what it was.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import os
 import signal
 import sys
 
-STOPPED = 75  # EX_TEMPFAIL: to be tried again
+from areal_jax.exits import CANNOT_GO_ON, TOLD_TO_STOP, WRONG_SETTING
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Orbax's writers, whose failures `Checkpoints` has already told; theirs would come after this program's last line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -63,11 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(str(error)) from error
         except (TrainingStopped, WaitedTooLong, TransportError, StalenessError, CheckpointError, ModelError) as error:
             print(f"areal_jax.trainer: {type(error).__name__}: {error}", file=sys.stderr)
-            return 1
+            return 1 if isinstance(error, TransportError) else CANNOT_GO_ON  # who did not answer may next time
     except ConfigError as error:
         print(f"areal_jax.trainer: error: {error}", file=sys.stderr)
-        return 2
-    return 0 if finished else STOPPED
+        return WRONG_SETTING
+    return 0 if finished else TOLD_TO_STOP
 
 
 if __name__ == "__main__":

@@ -62,10 +62,11 @@ class Checkpoints:
         """Saves as of the state's version; returns when the arrays are copied, or with `wait` when all is on disk.
 
         Returns False if that version is there already, or if saving it failed. Raises `CheckpointError` in that case
-        with `wait`, or with several processes.
+        with `wait`, or with several processes; not for the save before, whose failure is only noted.
         """
         self.poll(wait=True)
         self._sweep()
+        before = len(self.failed)
         version = int(state.version)
         if version in self._manager.all_steps():
             return False
@@ -84,7 +85,7 @@ class Checkpoints:
         except _WRITE_ERRORS as error:
             self._give_up(error)
         if wait:
-            self.wait()
+            self.wait(before)
         return version in self._manager.all_steps()
 
     def poll(self, wait: bool = False) -> None:
@@ -159,11 +160,11 @@ class Checkpoints:
                     f"expected {x.dtype}{list(x.shape)}"
                 )
 
-    def wait(self) -> None:
-        """Until everything is on disk; raises `CheckpointError` if something could not be written."""
+    def wait(self, known: int = 0) -> None:
+        """Until everything is on disk; raises `CheckpointError` for what is in `failed` beyond the first `known`."""
         self.poll(wait=True)
-        if self.failed:
-            raise CheckpointError("; ".join(self.failed))
+        if self.failed[known:]:
+            raise CheckpointError("; ".join(self.failed[known:]))
 
     def close(self) -> None:
         """Finish and free."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from areal_jax.metrics.clock import Clock
 from areal_jax.transport import messages as m
-from areal_jax.transport.errors import TransportError
+from areal_jax.transport.errors import RequestTimeout, TransportError
+from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.transport.sockets import HeartbeatThread, SyncClient
 from areal_jax.weights import Publisher
 
@@ -22,6 +23,16 @@ class WaitedTooLong(RuntimeError):
 
 class Stopped(Exception):
     """The process was told to end while it waited."""
+
+
+def ask(client: SyncClient, workdir: str | os.PathLike, message: m.Message, limit: float) -> m.AnyMessage:
+    """As `client.request`; but a controller that does not answer is reported, and the one in its place asked again."""
+    try:
+        return client.request(message, limit)
+    except RequestTimeout:
+        awaited = f"asked for {type(message).__name__}"
+        report_silence(workdir, client.server, Silence("", 0, limit, awaited, by=client.name))
+        return client.request(message, limit)
 
 
 class Link:
@@ -69,9 +80,9 @@ class Link:
         )
 
     def request(self, message: m.Message) -> m.AnyMessage:
-        """One request, one reply; errors as of `SyncClient.request`."""
+        """One request, one reply; errors as of `SyncClient.request`, after the second time that nothing came."""
         self._heart.check()
-        return self._client.request(message, self._limit)
+        return ask(self._client, self._workdir, message, self._limit)
 
     def wait(self, message: m.Message, limit: float, what: str) -> m.AnyMessage:
         """Repeats a request until the answer is not NotReady, in phase "waiting:<what>".
@@ -157,7 +168,7 @@ class BackgroundPublisher:
             self.manifest = self.publisher.publish(version, named_tensors, published_at=at, measured=measured)
             if self._client is None:
                 self._client = SyncClient("trainer-publisher", self._workdir)
-            self._client.request(m.Publish(manifest=self.manifest), self._limit)
+            ask(self._client, self._workdir, m.Publish(manifest=self.manifest), self._limit)
             self.timings = {f"weights/{name}": value for name, value in self.publisher.timings.items()}
             self.timings["time/publish"] = time.perf_counter() - started
         except BaseException as error:  # raised where the trainer waits for this thread

@@ -1,30 +1,36 @@
-"""Processes that the controller has heard nothing of for too long, as files that whoever started them looks for.
+"""Processes that nothing was heard of for too long, as files that whoever started them looks for.
 
 A process that hangs does not end by itself, so its death is not noticed where processes are watched. The controller
-writes `WORKDIR/silent/NAME`; the supervisor of that host kills the process, and starts another as after any death.
+writes `WORKDIR/silent/NAME` of a worker, the trainer that of the controller; the supervisor of that host kills the
+process, and starts another as after any death.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
 
 
 class Silence(msgspec.Struct, frozen=True):
-    """Process `pid` of `host`, taken for dead after so many seconds without a word; `phase` was its last."""
+    """Process `pid` of `host`, taken for dead after so many seconds without a word; `phase` was its last.
+
+    With pid 0 it is whichever process had the name in all those seconds: who waits for a server does not know more.
+    """
 
     host: str
     pid: int
     seconds: float
     phase: str
+    by: str = "the controller"  # who waited
 
 
 def report_silence(workdir: str | Path, name: str, silence: Silence) -> None:
     """Say that role `name` has not been heard of; the report appears as a whole."""
     folder = Path(workdir) / "silent"
     folder.mkdir(exist_ok=True, mode=0o700)
-    draft = folder / f".{name}"
+    draft = folder / f".{name}.{os.getpid()}"  # several may report a server
     draft.write_bytes(msgspec.json.encode(silence))
     draft.replace(folder / name)
 

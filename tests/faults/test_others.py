@@ -17,6 +17,10 @@ def test_a_worker_that_hangs_is_found_and_replaced(survives):
     assert survives(FAULTS["hang: rollout, while generating"]).restarts == 1
 
 
+def test_a_controller_that_hangs_is_reported_by_the_trainer_and_replaced(survives):
+    assert survives(FAULTS["hang: controller, a batch is chosen and not yet told"]).restarts == 1
+
+
 def test_a_controller_that_stood_still_longer_than_the_heartbeat_limit_goes_on(survives):
     survives(FAULTS["stop for 9 s: controller, at a random moment"])
 

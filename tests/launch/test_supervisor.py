@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from areal_jax.launch import supervisor as supervisor_module
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor, describe_exit, diagnosis
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.weights import store
@@ -95,7 +96,9 @@ def test_one_of_several_workers_may_be_given_up(tmp_path):
 
     trainer = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
     roles = [role("rollout-0", CRASH, restarts=1, peers="rollout"), role("rollout-1", FOREVER, peers="rollout")]
-    supervisor = Supervisor([role("trainer", trainer, done), *roles], ["trainer"], tmp_path, grace=5, tell=told.append)
+    supervisor = Supervisor(
+        [role("trainer", trainer, done), *roles], ["trainer"], tmp_path, grace=5, farewell=0.0, tell=told.append
+    )
     outcome = supervisor.run(lambda: tick(supervisor), interval=0.01)
     assert outcome.status == "finished"
     assert told[-1] == "rollout-0 ended with exit code 1 2 times in a row and is given up; others go on: 1"
@@ -122,7 +125,7 @@ def test_a_signal_ends_the_trainer_first_and_a_role_that_ignores_it_is_killed(tm
     assert any(line.startswith("rollout-0 did not end") for line in told)
 
 
-@pytest.mark.parametrize(("code", "status"), [(75, "stopped"), (2, "failed"), (0, "finished")])
+@pytest.mark.parametrize(("code", "status"), [(75, "stopped"), (2, "failed"), (70, "failed"), (0, "finished")])
 def test_exit_codes_that_restarts_cannot_change(tmp_path, code, status):
     outcome, told, supervisor = run(tmp_path, role("trainer", f"raise SystemExit({code})", restarts=5))
     assert outcome.status == status and supervisor.restarts == 0 and not told
@@ -204,6 +207,40 @@ def test_a_worker_that_hangs_is_killed_and_replaced_when_the_controller_says_so(
     outcome, told, supervisor = run(tmp_path, role("trainer", until, lives), worker, tick=tick)
     assert outcome.status == "finished" and supervisor.restarts == 1
     assert told[0] == "rollout-0 is killed: the controller has heard nothing from it for 61 s (it was generating)"
+
+
+def test_a_controller_that_hangs_is_replaced_but_not_its_successor_for_the_same_silence(tmp_path):
+    """Nobody else knows its process: whoever has lived for less than the silence is not to blame."""
+    lives = tmp_path / "lives"
+    lives.touch()
+    program = (
+        "import os, signal, sys; f = open(sys.argv[1], 'a+'); f.write('x'); f.flush(); f.seek(0)\n"
+        "if len(f.read()) == 1: os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    until = "import os, sys, time\nwhile os.path.getsize(sys.argv[1]) < 2: time.sleep(0.01)"
+    reports = []
+
+    def tick(_):
+        if lives.stat().st_size == 1 and len(reports) < 2 and not (tmp_path / "silent" / "controller").exists():
+            seconds = 0.0 if reports else 1e6
+            reports.append(Silence("", 0, seconds, "asked for GetBatch", by="trainer-0"))
+            report_silence(tmp_path, "controller", reports[-1])
+
+    controller = role("controller", program, lives, restarts=1)
+    outcome, told, supervisor = run(tmp_path, role("trainer", until, lives), controller, tick=tick)
+    assert outcome.status == "finished" and supervisor.restarts == 1
+    assert told[0] == "controller is killed: trainer-0 has heard nothing from it for 0 s (it was asked for GetBatch)"
+
+
+def test_the_time_that_a_role_hung_does_not_count_as_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor_module, "STABLE_SECONDS", 0.0)
+
+    def tick(supervisor):
+        report_silence(tmp_path, "controller", Silence(socket.gethostname(), supervisor.pid("controller"), 1e6, "idle"))
+
+    controller = role("controller", "import signal; signal.pause()", restarts=2)
+    outcome, _, supervisor = run(tmp_path, role("trainer", FOREVER), controller, tick=tick)
+    assert outcome.role == "controller" and "3 times in a row" in outcome.reason and supervisor.restarts == 2
 
 
 def test_a_run_that_the_controller_has_ended_is_not_begun_again(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from areal_jax import models
@@ -89,6 +90,30 @@ def test_the_newest_are_kept_and_wrong_ones_are_named(tmp_path, optimizer):
     assert sorted(checkpoints._manager.all_steps()) == [2, 3]
     with pytest.raises(CheckpointError, match=r"of another model: .*expected float32\[40, 64\]"):
         checkpoints.restore(make_state(mesh, optimizer, width=64))
+    checkpoints.close()
+
+
+def test_a_last_save_that_succeeds_is_not_blamed_for_the_one_before(tmp_path, optimizer, monkeypatch):
+    """The background writer meets a full disk once."""
+    made = make_state(models.make_mesh(jax.devices()[:1]), optimizer)
+    checkpoints = Checkpoints(tmp_path)
+    wait_until_finished = ocp.CheckpointManager.wait_until_finished
+
+    def no_room(manager):
+        monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", wait_until_finished)
+        manager.wait_until_finished()
+        raise OSError("no space left")
+
+    checkpoints.save(at_version(made, 1), b"", {})
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", no_room)
+    assert checkpoints.save(at_version(made, 2), b"", {}, wait=True)
+    assert checkpoints.latest() == 2
+    (failure,) = checkpoints.failed
+    assert failure.startswith("the checkpoint of version 1 could not be written") and "no space left" in failure
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *_, **__: no_room(checkpoints._manager))
+    with pytest.raises(CheckpointError, match=r"^the checkpoint of version 3 .* no space left$"):
+        checkpoints.save(at_version(made, 3), b"", {}, wait=True)
     checkpoints.close()
 
 

@@ -13,6 +13,8 @@ from areal_jax.trainer.config import TrainerConfig
 from areal_jax.trainer.guards import TrainingStopped
 from areal_jax.trainer.link import WaitedTooLong
 from areal_jax.transport import messages as m
+from areal_jax.transport.errors import RequestTimeout
+from areal_jax.transport.silence import take_silence
 from tests.trainer import fake, toy
 
 
@@ -115,3 +117,32 @@ def test_waiting_for_a_batch_is_bounded_and_names_who_is_awaited(tmp_path):
         with pytest.raises(WaitedTooLong, match=r"waited 0 s for batch; the controller is waiting for rollout-1"):
             link.batch(0, 0.05)
         assert clock.totals()["waiting:batch"] > 0
+
+
+def test_a_controller_that_does_not_answer_is_reported_and_the_next_one_is_asked(tmp_path):
+    from areal_jax.metrics.clock import Clock
+    from areal_jax.trainer.link import Link
+
+    report = tmp_path / "silent" / "controller"
+    controller = fake.FakeController(tmp_path)
+    controller._answer = lambda message: (  # it hangs until it is reported; then another takes its place
+        m.State(version=message.version, data=b"") if isinstance(message, m.GetState) and report.exists() else None
+    )
+    with controller, Link(tmp_path, 0, Clock(), limit=0.5) as link:
+        assert link.request(m.GetState(version=4)).version == 4
+    silence = take_silence(tmp_path, "controller")
+    assert (silence.pid, silence.seconds, silence.by) == (0, 0.5, "trainer-0")
+    assert silence.phase == "asked for GetState"
+
+
+def test_a_publisher_reports_a_controller_that_does_not_answer_too(tmp_path):
+    from areal_jax.trainer.link import BackgroundPublisher
+
+    controller = fake.FakeController(tmp_path)
+    controller._answer = lambda message: None
+    with controller:
+        publisher = BackgroundPublisher(tmp_path, transport="disk", limit=0.2)
+        with pytest.raises(RequestTimeout):
+            publisher.publish(0, [("w", np.zeros(2, np.float32))], {})
+        publisher.close()
+    assert take_silence(tmp_path, "controller").by == "trainer-publisher"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from areal_jax.exits import CANNOT_GO_ON
 from areal_jax.launch import child
 from areal_jax.metrics.writers import read_metrics
 from areal_jax.transport import messages as m
@@ -101,7 +102,7 @@ def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_the_last_whole_on
         controller.on_batch = limit
         trainer = start(workdir, 0)
         try:
-            assert trainer.wait(240) == 1, log.read_text()[-3000:]  # the last one had to be written
+            assert trainer.wait(240) == CANNOT_GO_ON, log.read_text()[-3000:]  # the last one had to be written
             text = log.read_text()
             assert "the checkpoint of version 3 could not be written" in text and "going on, the newest" in text
             last = text.strip().splitlines()[-1]

@@ -74,7 +74,10 @@ def frozen() -> list[Fault]:
               restarts=None, random=True)
         for role in ("controller", "rollout", "rewards", "trainer", "launcher")
     ]
-    for point in ("rollout, while generating", "rollout, during a weight load", "rewards, a question arrives"):
+    for point in (
+        "controller, a batch is chosen and not yet told", "rollout, while generating", "rollout, during a weight load",
+        "rewards, a question arrives",
+    ):  # fmt: skip
         faults.append(Fault(role=POINTS[point].role, action="hang", point=point, visit=_VISITS[point]))
     return faults
 
