@@ -12,6 +12,7 @@ from tools import accounts
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.faults
 def test_a_short_soak_kills_and_finds_nothing_wrong(tmp_path):
     found = tmp_path / "soak.json"

@@ -209,7 +209,7 @@ def test_an_evaluation_beside_training_keeps_its_version_and_stops_nobody(tmp_pa
         meanwhile = [line for line, e in zip(given[places[0] : places[-1]], evaluating[places[0] :]) if not e]
         went_on += bool(meanwhile)
         newer += any(max(line["versions"]) > version for line in meanwhile)
-    assert went_on == len(evaluated) - 1  # all but the last one, after training
+    assert went_on  # not beside every one: at its bound of staleness, training may have nothing to ask for
     assert newer  # while an evaluation ran, training went on, and a worker got what it made
 
 

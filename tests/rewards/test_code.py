@@ -219,13 +219,14 @@ def test_programs_under_test_die_with_the_worker_that_runs_them(tmp_path, monkey
     fields = {"completion": "import time\ntime.sleep(999)", "tests": SUM_TESTS, **OPTIONS, "wall_seconds": 600.0}
 
     async def main():
+        others = set(psutil.Process().children(recursive=True))  # of tests before this one
         pool = VerifierPool(1, 900.0)
         await pool.start()
         call = asyncio.create_task(pool.submit("areal_jax.rewards.grade_code", fields))
-        while len(running := psutil.Process().children(recursive=True)) < 2:
+        while len(running := set(psutil.Process().children(recursive=True)) - others) < 2:
             await asyncio.sleep(0.01)
         await pool.close()
-        return await call, psutil.wait_procs(running, 10)[1]
+        return await call, psutil.wait_procs(list(running), 10)[1]
 
     outcome, alive = asyncio.run(main())
     assert outcome.kind == "crash" and not alive and not os.listdir(tmp_path)

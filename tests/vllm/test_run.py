@@ -52,7 +52,7 @@ class Run:
 
     folder: Path
     launcher: subprocess.Popen
-    libraries: dict[str, set[str]] = dataclasses.field(default_factory=dict)  # of "trainer" and "rollout", by package
+    libraries: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)  # of both sides, by package
     goodbye: str = ""  # what the controller noted about the worker whose vLLM was killed
     left_at: int = -1  # the trainer's version then
     rejoined: dict[str, Any] = dataclasses.field(default_factory=dict)  # status, once the fresh worker had weights
@@ -121,7 +121,8 @@ def watch(run: Run) -> None:
     for side, name in (("trainer", "trainer-0"), ("rollout", "rollout-0")):
         process = psutil.Process(before["roles"][name]["pid"])
         maps = [m.path for p in (process, *process.children(recursive=True)) for m in p.memory_maps()]
-        run.libraries[side] = {package for package in (*JAX, *TORCH) if any(f"/{package}/" in path for path in maps)}
+        found = {package: [path for path in maps if f"/{package}/" in path] for package in (*JAX, *TORCH)}
+        run.libraries[side] = {package: paths[0] for package, paths in found.items() if paths}
     engine, *_ = vllm_processes(before["roles"]["rollout-0"]["pid"])
     engine.suspend()  # so that it has samples when it is killed
     run.wait(lambda: run.status()["roles"]["rollout-0"]["running"])
@@ -142,8 +143,9 @@ def watch(run: Run) -> None:
 
 
 def test_rollouts_run_without_jax_and_the_trainer_without_torch_and_vllm(run):
-    assert run.libraries["rollout"] >= {"torch", "vllm"} and not run.libraries["rollout"] & set(JAX)
-    assert "jaxlib" in run.libraries["trainer"] and not run.libraries["trainer"] & set(TORCH)
+    rollout, trainer = run.libraries["rollout"], run.libraries["trainer"]
+    assert rollout.keys() >= {"torch", "vllm"} and not rollout.keys() & set(JAX), rollout
+    assert "jaxlib" in trainer and not trainer.keys() & set(TORCH), trainer
 
 
 def test_workers_load_one_after_another_so_that_the_fleet_never_stands_still(run):
