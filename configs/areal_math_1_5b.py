@@ -48,6 +48,7 @@ def get_config():
     c.trainer.proximal = "recompute"
     c.trainer.row_length = 32_768
     c.trainer.rows = 32  # one row per GPU
+    c.trainer.max_segments = 32  # sequences in a row; flash attention pays for those that could be there
     c.trainer.processes = 32
     c.trainer.learning_rate = 2e-5
     c.trainer.warmup_steps = 1

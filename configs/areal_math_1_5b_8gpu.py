@@ -32,4 +32,5 @@ def get_config():
     c.trainer.processes = 1
     c.trainer.row_length = 16_384
     c.trainer.rows = 4
+    c.trainer.max_segments = 16
     return c

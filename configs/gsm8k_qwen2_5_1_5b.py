@@ -44,6 +44,7 @@ def get_config():
     c.trainer.proximal = "recompute"
     c.trainer.row_length = 2560
     c.trainer.rows = 16  # 10,240 tokens per GPU and micro-batch
+    c.trainer.max_segments = 16  # sequences in a row; flash attention pays for those that could be there
     c.trainer.learning_rate = 1.7e-5
     c.trainer.weight_decay = 0.017
     c.trainer.beta1, c.trainer.beta2, c.trainer.epsilon = 0.9, 0.999, 1e-8

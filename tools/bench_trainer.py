@@ -95,6 +95,7 @@ def settings_of(args: argparse.Namespace) -> TrainerConfig:
     return TrainerConfig(
         proximal="fused", rows=args.rows, row_length=args.row_length, packing=args.packing,
         fixed_sequences=args.rows, compute_dtype=args.dtype, remat=args.remat, attention=args.attention,
+        layers=args.layers, max_segments=args.max_segments,
         data_parallel=args.data, fsdp=args.fsdp, tensor=args.tensor, learning_rate=1e-6, warmup_steps=1,
     )  # fmt: skip
 
@@ -115,7 +116,7 @@ def measure_jax(args: argparse.Namespace, config: ModelConfig, samples: list[Sam
     mesh = learner.mesh_of(settings)
     model = Model(
         config, mesh=mesh, compute_dtype=args.dtype, attention=args.attention, remat=args.remat,
-        max_segments=learner.max_segments(settings),
+        layers=args.layers, max_segments=learner.max_segments(settings),
     )  # fmt: skip
     params = model.init(jax.random.key(0), settings.param_dtype)
     one = learner.Learner(model, params, settings, mesh=mesh, objective=learner.make_objective(settings))
@@ -124,24 +125,25 @@ def measure_jax(args: argparse.Namespace, config: ModelConfig, samples: list[Sam
     one.warm_up()
     compile_seconds = time.perf_counter() - start
     batch = TrainBatch(0, samples, np.arange(len(samples), dtype=np.int32), {})
-    packed = None
+    pending = one.step(batch)
 
-    def step():
-        nonlocal packed
-        pending = one.step(dataclasses.replace(batch, version=one.version))
-        packed = pending.packed
-        pending.report()
+    def step():  # as the trainer does: the next step is dispatched before the report of the last one is waited for
+        nonlocal pending
+        last, pending = pending, one.step(dataclasses.replace(batch, version=one.version))
+        last.report()
 
     compiles = CompileCounter()
     seconds = timed(step, args.warm_up, args.repeats)
+    pending.report()
+    packed = pending.packed[0]
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "mode": "areal_jax",
         "seconds": seconds,
         "compile_seconds": compile_seconds,
         "recompiles": compiles.count,
-        "fill": packed[0].fill,
-        "micro_batches": len(packed[0]),
+        "fill": packed.fill,
+        "micro_batches": len(packed),
         "peak_memory_bytes": stats.get("peak_bytes_in_use")
         or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "memory_is": "of the device" if stats else "of the process",
@@ -163,7 +165,7 @@ def measure_torch(args: argparse.Namespace, config: ModelConfig, samples: list[S
     options = {"lr": 1e-6, "betas": (0.9, 0.95), "weight_decay": 0.05}
     optimizer = torch.optim.AdamW(net.parameters(), fused=device == "cuda", **options)
     low = torch.bfloat16 if args.dtype == "bfloat16" else None
-    micros, budget = [[]], args.rows * args.row_length
+    micros, budget = [[]], (args.baseline_rows or args.rows) * args.row_length
     for sample in sorted(samples, key=lambda s: -len(s.tokens)):
         longest = len((micros[-1] or [sample])[0].tokens)
         if longest * (len(micros[-1]) + 1) > budget:
@@ -241,7 +243,8 @@ def machine() -> str:
 
 def measure(args: argparse.Namespace, which: str) -> dict:
     config = ModelConfig(**SIZES[args.size])
-    lengths = lengths_of(args.lengths, args.rows * args.row_length * args.micro_batches, args.row_length)
+    positions = args.rows * args.row_length * args.micro_batches
+    lengths = lengths_of(args.lengths, int(0.96 * positions), args.row_length)  # about what packing gets into them
     samples = samples_of(lengths, config.vocab_size)
     found = (measure_jax if which == "areal_jax" else measure_torch)(args, config, samples)
     gc.collect()
@@ -269,7 +272,8 @@ def measure(args: argparse.Namespace, which: str) -> dict:
 def in_own_process(arguments: list[str], which: str) -> dict:
     """Measures in a fresh process, so that neither side finds the other's memory taken."""
     command = [sys.executable, os.path.abspath(__file__), *arguments, "--only", which]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    preallocate = {"XLA_PYTHON_CLIENT_PREALLOCATE": str(which == "areal_jax").lower()}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | preallocate)
     if done.returncode:
         raise SystemExit(f"the measurement of {which} failed (exit code {done.returncode})")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -286,6 +290,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: bfloat16 on a GPU")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--max-segments", type=int, default=0, help="per row; default: as the trainer's")
+    parser.add_argument("--layers", default="auto", help="loop, unrolled or auto")
     parser.add_argument("--data", type=int, default=1)
     parser.add_argument("--fsdp", type=int, default=-1)
     parser.add_argument("--tensor", type=int, default=1)
@@ -295,43 +301,50 @@ def main(arguments: list[str] | None = None) -> None:
         "--peak-tflops", type=float, default=0.0, help="per device, for MFU; default: known or measured"
     )
     parser.add_argument("--baseline", choices=("none", "torch"), default="none")
+    parser.add_argument("--baseline-rows", type=int, help="as --rows, for the baseline; default: the same")
     parser.add_argument("--json", metavar="PATH", help="write the results as a list of objects")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.baseline == "torch":
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # jax here only looks at the device
     if args.dtype is None:
         args.dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     if args.only:
         print(json.dumps(measure(args, args.only)))
         return
-    if args.baseline == "torch":
-        given = list(sys.argv[1:] if arguments is None else arguments)
-        results = [in_own_process(given, which) for which in ("areal_jax", "torch")]
-    else:
-        results = [measure(args, "areal_jax")]
-    peak, source = peak_flops(args.peak_tflops)
-    for found in results:
-        found |= {"mfu": found["flops_per_second"] / peak, "peak_flops": peak, "peak_is": source}
-    show(results)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
-
-
-def show(results: list[dict]) -> None:
-    first = results[0]
-    print(f"{first['machine']}; {first['size']}: {first['parameters'] / 1e6:.2f} M parameters, {first['dtype']}")
-    print(f"{first['sequences']} sequences, {first['tokens']} tokens per step ({first['lengths']})")
-    print(f"MFU is a share of {first['peak_flops'] / 1e12:.2f} TFLOP/s ({first['peak_is']})")
-    for found in results:
-        spread = f"{min(found['seconds']):.3f}-{max(found['seconds']):.3f} s"
-        print(
-            f"{found['mode']:>10}: {found['tokens_per_second']:>11,.0f} tokens/s  MFU {found['mfu']:.1%}  step "
-            f"{found['seconds_per_step']:.3f} s ({spread})  compile {found['compile_seconds']:.1f} s  memory "
-            f"{found['peak_memory_bytes'] / 2**30:.2f} GiB {found['memory_is']}  fill {found['fill']:.0%}  "
-            f"[{found['software']}]"
-        )
+    modes = ["areal_jax"] + (["torch"] if args.baseline == "torch" else [])
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    results, peak = [], None
+    for mode in modes:  # each is shown and written as soon as it is there: a time limit loses one, not both
+        found = in_own_process(given, mode) if len(modes) > 1 else measure(args, mode)
+        peak = peak or peak_flops(args.peak_tflops)
+        share = {"mfu": found["flops_per_second"] / peak[0], "peak_flops": peak[0], "peak_is": peak[1]}
+        results.append(found | share)
+        if len(results) == 1:
+            show_task(results[0])
+        show(results[-1])
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump(results, file, indent=1)
     if len(results) > 1:
         print(f"ratio of tokens/s: {results[0]['tokens_per_second'] / results[1]['tokens_per_second']:.2f}")
+
+
+def show_task(found: dict) -> None:
+    print(f"{found['machine']}; {found['size']}: {found['parameters'] / 1e6:.2f} M parameters, {found['dtype']}")
+    print(f"{found['sequences']} sequences, {found['tokens']} tokens per step ({found['lengths']})")
+    print(f"MFU is a share of {found['peak_flops'] / 1e12:.2f} TFLOP/s ({found['peak_is']})", flush=True)
+
+
+def show(found: dict) -> None:
+    spread = f"{min(found['seconds']):.3f}-{max(found['seconds']):.3f} s"
+    print(
+        f"{found['mode']:>10}: {found['tokens_per_second']:>11,.0f} tokens/s  MFU {found['mfu']:.1%}  step "
+        f"{found['seconds_per_step']:.3f} s ({spread})  compile {found['compile_seconds']:.1f} s  memory "
+        f"{found['peak_memory_bytes'] / 2**30:.2f} GiB {found['memory_is']}  fill {found['fill']:.0%}  "
+        f"[{found['software']}]",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

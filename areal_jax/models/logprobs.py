@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from areal_jax.models.sharding import ANYWHERE, Place
 
-LOGITS_PER_CHUNK = 2**27  # 512 MiB of float32 logits alive per device
+# Float32 logits alive per device: 512 MiB, and on a GPU 2 GiB, where each chunk reads and writes the head's gradient.
+LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_GPU = 2**27, 2**29
 
 
 def head_logits(hidden: jax.Array, head_VxD: jax.Array) -> jax.Array:
@@ -42,9 +43,11 @@ def chunked_logprobs(hidden_RxMxD, head_VxD, targets_RxM, temperature, chunk: in
     return _forward(hidden_RxMxD, head_VxD, targets_RxM, temperature, chunk, place)[0]
 
 
-def chunk_size(tokens: int, vocab: int) -> int:
-    """Tokens per chunk (of one device): as few chunks as `LOGITS_PER_CHUNK` allows, of equal size."""
-    chunks = -(-tokens // max(128, LOGITS_PER_CHUNK // vocab))
+def chunk_size(tokens: int, vocab: int, logits: int | None = None) -> int:
+    """Tokens per chunk (of one device): as few chunks, of equal size, as have `logits` logits each at most."""
+    if logits is None:
+        logits = LOGITS_PER_CHUNK_GPU if jax.default_backend() == "gpu" else LOGITS_PER_CHUNK
+    chunks = -(-tokens // max(128, logits // vocab))
     return -(-tokens // chunks)
 
 
@@ -73,10 +76,14 @@ def _forward(hidden, head, targets, temperature, chunk, place):
     def one(_, inputs):
         h, target = inputs
         z = place(head_logits(h, gathered), "batch", None, "vocab") / temperature
-        lse = jax.nn.logsumexp(z, axis=-1)
-        chosen = jnp.sum(jnp.where(_is_target(target, z.shape[-1]), z, 0.0), axis=-1)
-        log_p = z - lse[..., None]
-        return None, (chosen - lse, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1), lse)
+        largest = jnp.max(z, axis=-1, keepdims=True)
+        below = z - largest
+        e = jnp.exp(below)
+        # Three sums over the vocabulary that a GPU takes in one pass over the logits.
+        total, weighted = jnp.sum(e, axis=-1), jnp.sum(e * below, axis=-1)
+        chosen = jnp.sum(jnp.where(_is_target(target, z.shape[-1]), below, 0.0), axis=-1)
+        log_total = jnp.log(total)
+        return None, (chosen - log_total, log_total - weighted / total, largest[..., 0] + log_total)
 
     _, outs = _scan(one, None, (_chunks(hidden, chunk), _chunks(targets, chunk)))
     logprobs, entropy, lse = (_unchunk(x, hidden.shape[1]) for x in outs)

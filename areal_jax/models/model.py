@@ -31,6 +31,9 @@ REMAT = {
     "attention_mlp": ("qkv", "attention_out", "mlp_gate", "mlp_up"),
 }
 
+# A loop over the layers compiles fast, and copies what the backward pass needs into stacked arrays and out again.
+LAYERS = ("auto", "loop", "unrolled")
+
 
 @functools.lru_cache(maxsize=64)
 def _blueprint(config: ModelConfig, lora: Lora | None):
@@ -55,6 +58,7 @@ class Model:
     max_segments: int = 64  # for cudnn: the most segments in a row; a row with more gives NaN, never a wrong number
     experts: str = "auto"  # dense | grouped | auto: grouped but on CPU, where it saves nothing
     remat: str = "none"  # one of REMAT
+    layers: str = "auto"  # loop | unrolled | auto: see `_unrolled`
     lora: Lora | None = None
     mesh: Mesh | None = None
     rules: sharding.Rules = sharding.RULES
@@ -66,6 +70,8 @@ class Model:
         if self.attention not in attention_lib.IMPLEMENTATIONS:
             known = ", ".join(attention_lib.IMPLEMENTATIONS)
             raise ModelError(f"attention implementation {self.attention!r} is unknown; known: {known}")
+        if self.layers not in LAYERS:
+            raise ModelError(f"layers={self.layers!r} is unknown; known: {', '.join(LAYERS)}")
         if self.experts not in moe.IMPLEMENTATIONS:
             raise ModelError(f"experts={self.experts!r} is unknown; known: {', '.join(moe.IMPLEMENTATIONS)}")
 
@@ -139,10 +145,11 @@ class Model:
             x_MxD, _ = block(params)(at_rest(x_MxD), rope, attend, None, mix)
             return at_rest(x_MxD), None
 
+        unrolled = self._unrolled()
         if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=_policy(self.remat, implementation), prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=_policy(self.remat, implementation), prevent_cse=unrolled)
         x_MxD = at_rest(net.embed(tokens.reshape(-1), self.compute_dtype))
-        x_MxD, _ = jax.lax.scan(layer, x_MxD, stacked)
+        x_MxD, _ = jax.lax.scan(layer, x_MxD, stacked, unroll=c.num_layers if unrolled else 1)
         return net.normalize(x_MxD).reshape(*tokens.shape, -1)
 
     def logits(self, params: Params, tokens, positions, segment_ids) -> jax.Array:
@@ -195,6 +202,13 @@ class Model:
         return decode.step(self, params, cache, tokens, positions)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _unrolled(self) -> bool:
+        if self.layers != "auto":
+            return self.layers == "unrolled"
+        # Without a loop, XLA's CPU compiler keeps what was to be computed again, and gathers all layers at once.
+        alone = self.mesh is None or self.mesh.size == 1
+        return jax.default_backend() != "cpu" or (self.remat == "none" and alone)
 
     @property
     def _place(self) -> sharding.Place:

@@ -34,6 +34,8 @@ class TrainerConfig:
     publish_dtype: str = "float32"  # dtype of the weights that rollout workers get
     attention: str = "auto"
     remat: str = "none"
+    layers: str = "auto"  # "loop", "unrolled" (a faster step, a longer compilation) or "auto"; see docs/models.md
+    max_segments: int = 0  # sequences that a packed row may hold; 0: one for every 8 tokens, at most 64
     data_parallel: int = 1  # mesh sizes; -1 for one of them: whatever devices are left
     fsdp: int = -1
     tensor: int = 1

@@ -123,7 +123,7 @@ class Training:
         self.compiles = CompileCounter()
         self.mesh = learner.mesh_of(c)
         options = {"compute_dtype": c.compute_dtype, "attention": c.attention, "remat": c.remat}
-        options["max_segments"] = learner.max_segments(c)
+        options |= {"layers": c.layers, "max_segments": learner.max_segments(c)}
         options["lora"] = Lora(c.lora_rank) if c.lora_rank else None
         self.checkpoints = Checkpoints(self.workdir / "checkpoints", c.keep_checkpoints)
         self.held.callback(self.checkpoints.close)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-LOGITS_PER_CHUNK = 2**27  # as in models/logprobs.py; a test compares the two
+LOGITS_PER_CHUNK = 2**29  # as in models/logprobs.py for GPUs; a test compares the two
 RUNTIME = 1.5 * GIB  # CUDA context, libraries, collectives
 
 

@@ -117,7 +117,7 @@ def max_segments(config: TrainerConfig) -> int:
     """Sequences that one row may hold; static, for sums over sequences and for the tables of flash attention."""
     if config.packing == "fixed":
         return 1
-    return min(MAX_SEGMENTS, max(1, config.row_length // TOKENS_PER_SEGMENT))
+    return config.max_segments or min(MAX_SEGMENTS, max(1, config.row_length // TOKENS_PER_SEGMENT))
 
 
 def check_lengths(lengths: np.ndarray, row_length: int) -> None:

@@ -79,7 +79,7 @@ def test_flash_attention_keeps_a_number_for_every_segment_that_a_row_may_hold():
 
 
 def test_constants_are_the_codes_own():
-    assert memory.LOGITS_PER_CHUNK == logprobs.LOGITS_PER_CHUNK
+    assert memory.LOGITS_PER_CHUNK == logprobs.LOGITS_PER_CHUNK_GPU
 
 
 @pytest.mark.parametrize(
