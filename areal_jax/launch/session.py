@@ -30,7 +30,7 @@ _MAY_CHANGE = ("metrics", "launch", "name")
 _KEYS_MAY_CHANGE = {
     "trainer": {
         "steps", "checkpoint_every", "keep_checkpoints", "batch_timeout", "eval_every", "processes",
-        "data_parallel", "fsdp", "tensor", "expert", "rows", "remat",
+        "data_parallel", "fsdp", "tensor", "expert", "rows", "remat", "layers", "max_segments",
     },
     "rollout": {"workers", "python", "weights_timeout", "slots", "steps_per_dispatch"},
     "rewards": {"services", "processes", "address", "timeout"},

@@ -29,6 +29,9 @@ _CHOICES = {
     "rewards.on_error": ("drop", "stop"),
     "trainer.guard": ("skip", "stop"),
     "trainer.packing": ("dynamic", "fixed"),
+    "trainer.attention": ("auto", "xla", "cudnn"),
+    "trainer.remat": ("none", "full", "attention", "attention_qkv", "attention_mlp"),
+    "trainer.layers": ("auto", "loop", "unrolled"),
     "trainer.schedule": ("constant", "linear", "cosine"),
     "trainer.param_dtype": ("float32", "bfloat16"),
     "trainer.compute_dtype": ("float32", "bfloat16"),
@@ -54,6 +57,7 @@ _AT_LEAST = {
         "trainer.checkpoint_every", "trainer.eval_every", "trainer.lora_rank", "trainer.kl_coef", "data.eval_limit",
         "data.max_prompt_tokens", "launch.restarts", "launch.trainer_restarts", "launch.rollout_gpus",
         "trainer.grad_norm_limit", "trainer.ratio_limit", "trainer.mismatch_limit", "trainer.equal_rewards_limit",
+        "trainer.max_segments",
     ),
 }  # fmt: skip
 _ABOVE_0 = (

@@ -68,6 +68,8 @@ def broken(config, key, value):
         ("trainer.steps", "x", "'trainer.steps' must be a whole number"),
         ("trainer.row_length", 100, "rollout.max_length=256 is longer than trainer.row_length=100"),
         ("trainer.fsdp", 0, "trainer.fsdp=0"),
+        ("trainer.remat", "some", "'some' is unknown; it must be one of none, full, attention"),
+        ("trainer.max_segments", -1, "trainer.max_segments=-1 must be at least 0"),
         ("trainer.tensor", -1, "only one of"),
         ("rollout.max_new_tokens", 256, "leaves no room for a prompt"),
         ("rollout.temperature", 0.0, "nothing to explore"),
@@ -122,6 +124,15 @@ def test_long_prompts_may_be_skipped_but_not_all(config, tmp_path):
     config.data.max_prompt_tokens = 1
     with pytest.raises(ConfigError, match="all 3 prompts"):
         validate.validate(config)
+
+
+def test_the_choices_are_those_of_the_models():
+    """The launcher names them itself, so as not to need jax."""
+    from areal_jax.models import attention, model
+
+    assert set(validate._CHOICES["trainer.remat"]) == set(model.REMAT)
+    assert set(validate._CHOICES["trainer.layers"]) == set(model.LAYERS)
+    assert set(validate._CHOICES["trainer.attention"]) == set(attention.IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize(
