@@ -88,7 +88,7 @@ def test_gae_agrees_with_a_loop_and_packed_rows_with_separate_ones():
     rng = np.random.default_rng(1)
     rewards, values = rng.normal(size=(2, 4, 33)), rng.normal(size=(2, 4, 33))
     mask, bootstrap = rng.random((2, 4, 33)) < 0.7, rng.normal(size=(2, 4))
-    gae = jax.jit(advantages.gae)
+    gae, discounted_returns = jax.jit(advantages.gae), jax.jit(advantages.discounted_returns)
     got = gae(rewards, values, mask, discount=0.98, lambda_=0.9, bootstrap_value=bootstrap)
     for i in np.ndindex(2, 4):
         close(got.advantages[i], naive_gae(rewards[i], values[i], mask[i], 0.98, 0.9, bootstrap[i]), 1e-4, 1e-5)
@@ -96,13 +96,13 @@ def test_gae_agrees_with_a_loop_and_packed_rows_with_separate_ones():
     ids = np.concatenate([np.full(10, 1), np.full(3, 2), np.full(14, 3), np.zeros(6)]).astype(int)
     row = [x[0, 0] for x in (rewards, values, mask)]
     packed = gae(*row, discount=0.98, lambda_=0.9, bootstrap_value=0.5, segment_ids=ids)
-    returns = advantages.discounted_returns(row[0], row[2], discount=0.9, segment_ids=ids)
+    returns = discounted_returns(row[0], row[2], discount=0.9, segment_ids=ids)
     for segment in (1, 2, 3):
         part = [x[ids == segment] for x in row]
         alone = gae(*part, discount=0.98, lambda_=0.9, bootstrap_value=0.5)
         close(packed.advantages[ids == segment], alone.advantages, 1e-5)
         close(packed.returns[ids == segment], alone.returns, 1e-5)
-        close(returns[ids == segment], advantages.discounted_returns(part[0], part[2], discount=0.9), 1e-5)
+        close(returns[ids == segment], discounted_returns(part[0], part[2], discount=0.9), 1e-5)
     np.testing.assert_array_equal(packed.advantages[ids == 0], 0.0)
 
 

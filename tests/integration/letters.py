@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from areal_jax.models import Model, ModelConfig, export_hf
+from tests.models import tiny
 
 ALPHABET = ["<end>", "<pad>", *"0123456789+=;?#"]
 
@@ -23,7 +23,7 @@ def make_checkpoint(folder: Path) -> str:
         head_dim=32, mlp_size=64, qkv_bias=True, tie_embeddings=True, init_std=0.12, max_positions=256,
     )  # fmt: skip
     model = Model(config)
-    export_hf(model, model.init(jax.random.key(0)), folder, dtype=np.float32)
+    export_hf(model, tiny.random_params(model), folder, dtype=np.float32)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     return str(folder)

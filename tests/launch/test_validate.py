@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from areal_jax import models
 from areal_jax.config import ConfigError, default_config
 from areal_jax.launch import __main__ as launcher
 from areal_jax.launch import validate
+from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "m"
     tokenizer = toy.make_tokenizer()
     model = models.Model(toy.model_config(tokenizer, width=16, layers=1, heads=2))
-    models.export_hf(model, model.init(jax.random.key(0)), folder)
+    models.export_hf(model, tiny.random_params(model), folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -276,7 +276,7 @@ def test_a_row_with_too_many_segments_gives_nan_and_the_others_do_not(played_ker
 def test_a_network_on_a_mesh_gives_each_device_the_tables_of_its_own_rows(played_kernel):
     hf = tiny.CONFIGS["mistral"] | {"num_hidden_layers": 2} | ({} if RIGHT else {"num_key_value_heads": 4})
     model = models.Model(models.ModelConfig.from_hf(hf), compute_dtype="bfloat16", max_segments=5)
-    params = model.init(jax.random.key(0))
+    params = tiny.random_params(model)
     batch = tiny.packed(8, 32)
     weights = np.random.default_rng(3).standard_normal((8, 32)).astype(np.float32)
 

@@ -115,7 +115,7 @@ def test_a_failed_export_leaves_nothing(folder, tmp_path):
 def test_loading_holds_a_layer_of_a_large_parameter_in_host_memory_not_all_of_it(tmp_path, monkeypatch, sizes):
     hf = tiny.CONFIGS["qwen2-untied"] | {"num_hidden_layers": 12, "intermediate_size": 2048}
     model = models.Model(models.ModelConfig.from_hf(hf), mesh=models.make_mesh(**sizes) if sizes else None)
-    params = model.init(jax.random.key(0))
+    params = tiny.random_params(model)
     models.export_hf(model, params, tmp_path / "out", dtype=jnp.float32, max_shard_bytes=1_000_000)
     kernel = params["layers"]["mlp"]["up"]["kernel"]
     layer = kernel.nbytes // 12

@@ -11,6 +11,7 @@ from areal_jax.models import Model, ModelConfig
 from areal_jax.rollout.engine import Request, Sampling
 from areal_jax.rollout.jax_engine import JaxEngine
 from areal_jax.transport.messages import Manifest
+from tests.models import tiny
 
 VOCABULARY, STOP = 17, 0
 MODEL = Model(
@@ -23,7 +24,7 @@ MODEL = Model(
 
 @functools.cache
 def params_of(version: int):
-    return MODEL.init(jax.random.key(100 + version))
+    return tiny.random_params(MODEL, 100 + version)
 
 
 def manifest(version: int) -> Manifest:
@@ -100,7 +101,7 @@ def generate(engine: JaxEngine, wanted: list[Request], *, together=True, version
 
 @functools.cache
 def _full(method: str):
-    return jax.jit(getattr(MODEL, method))
+    return tiny.jit(getattr(MODEL, method))
 
 
 def _padded(request: Request, completion):

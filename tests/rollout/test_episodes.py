@@ -2,7 +2,6 @@
 
 import asyncio
 
-import jax
 import numpy as np
 from engines import MODEL, STOP, VOCABULARY, SteppedEngine, make_engine, manifest, params_of
 from test_tools import Echo
@@ -12,6 +11,7 @@ from areal_jax.rollout.engine import Sampling
 from areal_jax.rollout.session import Session
 from areal_jax.rollout.workflows import MultiTurn
 from areal_jax.transport.messages import Score, Task
+from tests.models import tiny
 
 LETTERS = "_abcdefghijklmnop"
 assert len(LETTERS) == VOCABULARY
@@ -93,7 +93,7 @@ def check(trajectory, given):
         np.testing.assert_allclose(trajectory.logprobs[mine], np.asarray(scored)[0, : len(mine)][mine], atol=1e-4)
 
 
-score = jax.jit(MODEL.token_logprobs)
+score = tiny.jit(MODEL.token_logprobs)
 
 
 def test_several_turns_across_several_versions():

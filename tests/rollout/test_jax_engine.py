@@ -20,6 +20,7 @@ from engines import (
 
 from areal_jax.rollout.engine import EngineDied, Request, Sampling, WeightsRefused
 from areal_jax.rollout.sampling import draw, request_keys, sampling_logprobs
+from tests.models import tiny
 
 
 def same(a, b, *, bitwise=True):
@@ -86,9 +87,9 @@ def test_each_token_is_the_one_that_its_key_and_absolute_position_draw(reference
     for request, completion in list(zip(*reference[:2]))[:4]:
         logits, n = full_logits(request, completion)
         positions, one = np.arange(len(logits), dtype=np.int32), np.ones(len(logits), np.float32)
-        logprobs = sampling_logprobs(logits, one, np.zeros(len(logits), np.int32), one)
-        keys = request_keys(np.tile(np.asarray(request.key, np.int32), (len(logits), 1)))
-        drawn, _ = draw(logprobs, keys, positions + 1, one)
+        logprobs = tiny.jit(sampling_logprobs)(logits, one, np.zeros(len(logits), np.int32), one)
+        keys = tiny.jit(request_keys)(np.tile(np.asarray(request.key, np.int32), (len(logits), 1)))
+        drawn, _ = tiny.jit(draw)(logprobs, keys, positions + 1, one)
         np.testing.assert_array_equal(drawn[len(request.tokens) - 1 : n - 1], completion.tokens)
 
 

@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -29,6 +28,7 @@ from areal_jax.transport.messages import (
 )
 from areal_jax.transport.server import Server
 from areal_jax.weights import Publisher
+from tests.models import tiny
 
 ALPHABET = ["<end>", "<pad>", *"0123456789+=;?#"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ def test_a_worker_process_generates_under_published_weights_until_it_is_terminat
     config.update({"model": str(tmp_path / "model"), "seed": 3, "data": {"template": "none"}})
     config.rollout.update({"slots": 8, "max_length": 32, "max_new_tokens": 12})
     configs.save(config, tmp_path)
-    params = [model.init(jax.random.key(version)) for version in range(2)]
+    params = [tiny.random_params(model, version) for version in range(2)]
 
     async def story(publisher):
         async with (
@@ -103,7 +103,7 @@ def test_a_worker_process_generates_under_published_weights_until_it_is_terminat
 
     with Publisher(tmp_path) as publisher:
         samples = asyncio.run(asyncio.wait_for(story(publisher), 300))
-    score = jax.jit(model.token_logprobs)
+    score = tiny.jit(model.token_logprobs)
     for (group, _), t in samples.items():
         assert t.tokens[:4].tolist() == [ALPHABET.index(c) for c in "3+5?"]
         assert set(t.versions[t.loss_mask].tolist()) == {group}

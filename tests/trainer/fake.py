@@ -3,7 +3,6 @@
 import asyncio
 import threading
 
-import jax
 import numpy as np
 
 from areal_jax import models
@@ -11,6 +10,7 @@ from areal_jax.config import resolve, save
 from areal_jax.transport import messages as m
 from areal_jax.transport.sockets import Server
 from areal_jax.weights import open_version
+from tests.models import tiny
 from tests.trainer import toy
 
 
@@ -81,7 +81,7 @@ class FakeController:
 def prepare(folder, width=16, **trainer):
     """A run's folder with a toy checkpoint and a config; returns (workdir, resolved config)."""
     model = toy.make_model(width=width, layers=1, heads=2)
-    models.export_hf(model, model.init(jax.random.key(0)), folder / "model", dtype="float32")
+    models.export_hf(model, tiny.random_params(model), folder / "model", dtype="float32")
     config = resolve(
         {
             "name": "test",

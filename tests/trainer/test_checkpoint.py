@@ -14,6 +14,7 @@ import pytest
 from areal_jax import models
 from areal_jax.trainer import state
 from areal_jax.trainer.checkpoint import CheckpointError, Checkpoints, read_memory
+from tests.models import tiny
 from tests.trainer import toy
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def make_state(mesh, optimizer, version=3, seed=0, **options):
     model = toy.make_model(mesh=mesh, **options)
-    made = state.create(model.init(jax.random.key(seed)), optimizer, mesh, version)
+    made = state.create(tiny.random_params(model, seed), optimizer, mesh, version)
     # Moments that are not zero, in every leaf.
     numbered = [
         jax.device_put(x + np.asarray(i + 1, x.dtype), x.sharding)

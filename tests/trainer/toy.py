@@ -12,6 +12,7 @@ from areal_jax.trainer.advantages import AdvantageEstimator
 from areal_jax.trainer.batch import TrainBatch, make_batch
 from areal_jax.trainer.config import TrainerConfig
 from areal_jax.transport.messages import GroupResult, Trajectory
+from tests.models import tiny
 
 VOCAB = 40
 
@@ -33,7 +34,7 @@ def make_learner(config: TrainerConfig, *, mesh=None, params=None, train_state=N
     mesh = mesh or models.make_mesh(jax.devices()[:1])
     model = make_model(mesh=mesh, **options)
     if params is None and train_state is None:
-        params = model.init(jax.random.key(0))
+        params = tiny.random_params(model)
     reference = learner.copy_params(params) if config.kl_coef else None
     objective = objective or learner.make_objective(config, horizon=48.0)
     return learner.Learner(
@@ -91,7 +92,7 @@ def on_policy(batch: TrainBatch, the_learner, noise=0.0) -> TrainBatch:
 
 def renew(the_learner):
     """Puts a learner back to the state it began with, without compiling anything again."""
-    mesh, params = the_learner.mesh, the_learner.model.init(jax.random.key(0))
+    mesh, params = the_learner.mesh, tiny.random_params(the_learner.model)
     the_learner.state = state.create(params, the_learner.optimizer, mesh)
     the_learner.version = 0
     return the_learner

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from areal_jax import models
+from tests.models import tiny
 
 _COMMON = dict(
     vocab_size=300,
@@ -55,6 +56,6 @@ def write_config(family: str, folder) -> str:
 
 def random_params(model: models.Model, seed: int):
     """Parameters of one version; biases and norms are random too, so that they count."""
-    params = model.init(jax.random.key(seed))
-    rng = np.random.default_rng(seed)
+    params = tiny.random_params(model, seed)
+    rng = np.random.default_rng([seed, 1])
     return jax.tree.map(lambda p: p + (0.05 * rng.standard_normal(p.shape)).astype(np.float32), params)

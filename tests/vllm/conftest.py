@@ -26,6 +26,19 @@ def pytest_runtest_setup(item):
         (pytest.fail if os.environ.get("REQUIRE_VLLM") else pytest.skip)(MISSING)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def environment():
+    """What starting vLLM puts into this process's environment goes again: the next test's processes would inherit it.
+
+    On a CPU that is also LD_PRELOAD, which maps torch's OpenMP library into everything that is started.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 class Harness:
     """One engine, its weights of several versions, and the trainer's opinion of what it produced."""
 
