@@ -97,18 +97,21 @@ class Steps:
             ),
             out_shardings=gradients,
         )
+        self._no_sums = jax.jit(
+            lambda: jax.tree.map(jnp.asarray, objective.zero_sums()), out_shardings=self._replicated
+        )
 
     # -- placing ---------------------------------------------------------------------------------------------------
 
     def put(self, micro_batch: MicroBatch) -> dict[str, jax.Array]:
         """A micro-batch on the mesh. Every process holds the same arrays and copies only the rows of its devices."""
-        return {name: self.put_rows(getattr(micro_batch, name)) for name in ON_DEVICE}
+        return self.put_rows({name: getattr(micro_batch, name) for name in ON_DEVICE})
 
-    def put_rows(self, array: np.ndarray) -> jax.Array:
-        """One `[rows, row_length]` array on the mesh."""
+    def put_rows(self, arrays: Tree) -> Tree:
+        """A tree of `[rows, row_length]` arrays on the mesh."""
         if jax.process_count() == 1:
-            return jax.device_put(array, self._rows)
-        return jax.make_array_from_callback(array.shape, self._rows, lambda index: array[index])
+            return jax.device_put(arrays, self._rows)
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._rows, x.__getitem__), arrays)
 
     def zero_gradients(self, params: Tree) -> Tree:
         """A fresh accumulator; needed once, `update` hands it back emptied."""
@@ -116,7 +119,7 @@ class Steps:
 
     def zero_metrics(self) -> measure.Sums:
         """Metrics of nothing; where a step begins."""
-        return jax.device_put(self.objective.zero_sums(), self._replicated)
+        return self._no_sums()
 
     # -- the three steps -------------------------------------------------------------------------------------------
 
