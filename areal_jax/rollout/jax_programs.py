@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from areal_jax.models import decode
 from areal_jax.rollout.sampling import draw, forbid, request_keys, sampling_logprobs
 from areal_jax.rollout.slots import Rows
 
@@ -36,8 +37,8 @@ def bucket(buckets: tuple[int, ...], n: int) -> int:
 class Programs:
     """Compiled functions over (params, cache, rows), whose shapes follow from the settings given here alone.
 
-    `model` needs `init_cache(slots, length, dtype)`, whose arrays begin with `[layers, slots, length]`,
-    `prefill(params, cache, tokens, lengths, slots)` and `decode(params, cache, tokens, positions)`.
+    `model` needs `init_cache(slots, length, dtype)`, `prefill(params, cache, tokens, lengths, slots)` and
+    `decode(params, cache, tokens, positions)`, over a cache as in `models.decode`.
     """
 
     def __init__(
@@ -105,8 +106,8 @@ def _functions(model, steps: int, dtype):
         jax.jit(functools.partial(_prefill, model, dtype)),
         jax.jit(_first),
         jax.jit(functools.partial(_decode, model, steps), donate_argnums=1),
-        jax.jit(_insert, donate_argnums=0),
-        jax.jit(_resize, static_argnums=1),
+        jax.jit(decode.insert, donate_argnums=0),
+        jax.jit(decode.resize, static_argnums=1),
     )
 
 
@@ -125,21 +126,6 @@ def _prefill(model, dtype, params, tokens, lengths):
 
 def _first(logits, lengths, rows: Rows):
     return _sample(logits, rows, request_keys(rows.identity), lengths, rows.forced)
-
-
-def _insert(cache, part, slots):
-    def write(whole, piece):
-        return whole.at[:, slots, : piece.shape[2]].set(piece, mode="drop")
-
-    return jax.tree.map(write, cache, part)
-
-
-def _resize(cache, length: int):
-    def resized(x):
-        padding = [(0, max(0, length - x.shape[2])) if axis == 2 else (0, 0) for axis in range(x.ndim)]
-        return jnp.pad(x[:, :, :length], padding)
-
-    return jax.tree.map(resized, cache)
 
 
 class _Loop(NamedTuple):
