@@ -56,14 +56,17 @@ class Programs:
         """An empty cache of `length` (one of `lengths`) for all slots."""
         return self._model.init_cache(self.slots, length, self._dtype)
 
-    def prefill(self, params, tokens, lengths, rows: Rows):
-        """Runs int32 `[prefill_rows, P]` `tokens`; returns (their part of the cache, next tokens, log-probs)."""
-        part, logits = self._prefill(params, tokens, lengths)
-        return part, *self._first(logits, lengths, rows)
+    def prefill(self, params, tokens, lengths):
+        """Runs int32 `[prefill_rows, P]` `tokens`; returns (their cache, the logits of their next tokens)."""
+        return self._prefill(params, tokens, lengths)
 
-    def insert(self, cache, part, slots):
-        """Writes a prefill's part of the cache into `slots` (out of range: nowhere)."""
-        return self._insert(cache, part, slots)
+    def first(self, logits, lengths, source, rows: Rows):
+        """The next tokens and log-probs of `rows`, each after the prompt of a prefill that `source` (int32) names."""
+        return self._first(logits, lengths, source, rows)
+
+    def insert(self, cache, part, source, slots):
+        """Writes the prompts `source` of a prefill's cache into `slots` (out of range: nowhere); both of one length."""
+        return self._insert(cache, part, source, slots)
 
     def decode(self, params, cache, rows: Rows):
         """Up to `steps` tokens for every row with `remaining`; returns (cache, tokens `[steps, S]`, log-probs)."""
@@ -80,12 +83,13 @@ class Programs:
         parts = {}
         for width in self.widths:
             prompts = np.zeros((self.prefill_rows, width), np.int32)
-            parts[width], _, _ = self.prefill(params, prompts, lengths, few)
+            parts[width], logits = self.prefill(params, prompts, lengths)
+            self.first(logits, lengths, lengths, few)
         for length in self.lengths:
             cache, _, _ = self.decode(params, self.new_cache(length), rows)
             for width in self.widths:
                 if width <= length:
-                    cache = self.insert(cache, parts[width], nowhere)
+                    cache = self.insert(cache, parts[width], lengths, nowhere)
             for other in set(self.lengths) - {length}:
                 self.resize(cache, other)
             jax.block_until_ready(cache)
@@ -106,7 +110,7 @@ def _functions(model, steps: int, dtype):
         jax.jit(functools.partial(_prefill, model, dtype)),
         jax.jit(_first),
         jax.jit(functools.partial(_decode, model, steps), donate_argnums=1),
-        jax.jit(decode.insert, donate_argnums=0),
+        jax.jit(_insert, donate_argnums=0),
         jax.jit(decode.resize, static_argnums=1),
     )
 
@@ -124,8 +128,12 @@ def _prefill(model, dtype, params, tokens, lengths):
     return cache, logits
 
 
-def _first(logits, lengths, rows: Rows):
-    return _sample(logits, rows, request_keys(rows.identity), lengths, rows.forced)
+def _first(logits, lengths, source, rows: Rows):
+    return _sample(logits[source], rows, request_keys(rows.identity), lengths[source], rows.forced)
+
+
+def _insert(cache, part, source, slots):
+    return decode.insert(cache, jax.tree.map(lambda x: x[source], part), slots)
 
 
 class _Loop(NamedTuple):
