@@ -24,7 +24,7 @@ def init_cache(model, slots: int, length: int, dtype=None) -> Cache:
     return {name: tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for name, shape in shapes.items()}
 
 
-def insert(cache: Cache, part: Cache, slots) -> Cache:
+def insert_cache(cache: Cache, part: Cache, slots) -> Cache:
     """Writes `part`, a cache of N slots that is not longer, into int32 `[N]` `slots`; out of range: nowhere."""
     width = _length(part)
     return {
@@ -33,7 +33,7 @@ def insert(cache: Cache, part: Cache, slots) -> Cache:
     }
 
 
-def resize(cache: Cache, length: int) -> Cache:
+def resize_cache(cache: Cache, length: int) -> Cache:
     """The cache cut, or padded with zeros, to `length`."""
     more = (0, max(0, length - _length(cache)))
     return {
@@ -83,7 +83,7 @@ def prefill(model, params, cache: Cache, tokens, lengths, slots) -> tuple[jax.Ar
 
     # Out of range means "do not write"; negative indices would count from the end, so they are mapped too.
     target = jnp.where((lengths > 0) & (slots >= 0) & (slots < capacity), slots, capacity)
-    return logits, insert(cache, {"k": tuple(k_LxNxKxHxP), "v": tuple(v_LxNxKxPxH)}, target)
+    return logits, insert_cache(cache, {"k": tuple(k_LxNxKxHxP), "v": tuple(v_LxNxKxPxH)}, target)
 
 
 def step(model, params, cache: Cache, tokens, positions) -> tuple[jax.Array, Cache]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from areal_jax.models import decode
+from areal_jax.models import insert_cache, resize_cache
 from areal_jax.rollout.sampling import draw, forbid, request_keys, sampling_logprobs
 from areal_jax.rollout.slots import Rows
 
@@ -111,7 +111,7 @@ def _functions(model, steps: int, dtype):
         jax.jit(_first),
         jax.jit(functools.partial(_decode, model, steps), donate_argnums=1),
         jax.jit(_insert, donate_argnums=0),
-        jax.jit(decode.resize, static_argnums=1),
+        jax.jit(resize_cache, static_argnums=1),
     )
 
 
@@ -133,7 +133,7 @@ def _first(logits, lengths, source, rows: Rows):
 
 
 def _insert(cache, part, source, slots):
-    return decode.insert(cache, jax.tree.map(lambda x: x[source], part), slots)
+    return insert_cache(cache, jax.tree.map(lambda x: x[source], part), slots)
 
 
 class _Loop(NamedTuple):
