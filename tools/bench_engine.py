@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from areal_jax.launch.roles import as_role
 from areal_jax.models import Model, load_hf, to_hf
 from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Engine, Request, Sampling
@@ -105,6 +106,7 @@ async def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    as_role()  # measure what a run does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", nargs="+", choices=["jax", "vllm"], default=["jax"], help="one after the other")
     parser.add_argument("--model", default=TOY, help="checkpoint folder; default: the quick start's")

@@ -29,6 +29,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from areal_jax.launch.roles import as_role
 from areal_jax.models import Model, ModelConfig
 from areal_jax.trainer import learner
 from areal_jax.trainer.batch import TrainBatch
@@ -348,4 +349,5 @@ def show(found: dict) -> None:
 
 
 if __name__ == "__main__":
+    as_role()  # measure what a run does
     main()

@@ -16,7 +16,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 
 # On CPUs, XLA takes and returns large buffers in every step. glibc would give them back to the kernel each time, and a
 # third of a training step would go to page faults; with these it keeps them.
-_KEEP_BUFFERS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+KEEP_BUFFERS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
 
 def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[list[Role], list[str]]:
@@ -27,7 +27,7 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
     launch, workdir = config["launch"], os.path.abspath(workdir)
     base = _base_env(config)
     gpus = GpuShares(launch["rollout_gpus"], config["rollout"]["workers"], config["trainer"]["processes"])
-    keep = {} if visible_gpus() else _KEEP_BUFFERS
+    keep = {} if visible_gpus() else KEEP_BUFFERS
 
     def role(kind: str, name: str, arguments: list[str], extra: Mapping[str, Any], **options) -> Role:
         python = (config["rollout"]["python"] or sys.executable) if kind == "rollout" else sys.executable
@@ -54,6 +54,12 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
         options = {"restarts": restarts, "nice": launch["rollout_nice"], "peers": "rollout"}
         roles.append(role("rollout", f"rollout-{i}", ["--index", str(i)], extra, **options))
     return roles, leaders
+
+
+def as_role() -> None:
+    """Starts this program again with the environment of a role that computes on CPUs, unless it has it: for tools."""
+    if not visible_gpus() and not KEEP_BUFFERS.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEEP_BUFFERS)
 
 
 class GpuShares:

@@ -4,6 +4,7 @@
 `attention_cudnn.py`, for NVIDIA GPUs of the Hopper generation and later.
 """
 
+import functools
 import logging
 
 import jax
@@ -68,28 +69,76 @@ def resolve(implementation: str, dtype, *, heads: int, kv_heads: int, head_dim: 
     return "cudnn"
 
 
-def _xla(q, k, v, segment_ids, window):
-    """Blocks of queries, each against the keys up to its end: less work, and a fraction of the memory."""
-    length = q.shape[1]
-    size = -(-length // max(1, min(4, length // 32)))
-    index, out = jnp.arange(length), []
+def _xla(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids, window):
+    rows, length, heads, size = q_BxTxNxH.shape
+    kv_heads = k_BxTxKxH.shape[2]
+    q = q_BxTxNxH.reshape(rows, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BxTxKxH, v_BxTxKxH))
+    return _blocks(q, k, v, segment_ids, window).transpose(0, 3, 1, 2, 4).reshape(q_BxTxNxH.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocks(q, k, v, segment_ids, window):
+    """Attention of q `[B, K, G, T, H]` over k and v `[B, K, T, H]`, in the shape of q.
+
+    Blocks of queries, each against the keys up to its end: less work, and a fraction of the memory. The backward pass
+    computes the scores again: they are larger than all else that a layer would keep. Its sums over queries are written
+    so that queries are the left operand's second-last axis: XLA's CPU code is four times slower at the transposed form,
+    which is the one that differentiation would make.
+    """
+    return _blocks_forward(q, k, v, segment_ids, window)[0]
+
+
+def _blocks_forward(q, k, v, segment_ids, window):
+    out, normalizer = [], []
+    for queries, keys in _spans(segment_ids.shape[1], window):
+        scores = _scores(q, k, segment_ids, queries, keys, window)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out.append(jnp.einsum("bkgts,bksh->bkgth", (weights / total).astype(v.dtype), v[:, :, keys]))
+        normalizer.append(largest + jnp.log(total))
+    out, normalizer = (jnp.concatenate(x, axis=3) for x in (out, normalizer))
+    return out, (q, k, v, segment_ids, out, normalizer)
+
+
+def _blocks_backward(window, residuals, d_out):
+    q, k, v, segment_ids, out, normalizer = residuals
+    rows, kv_heads, length, size = k.shape
+    sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    d_total = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_q, d_k, d_v = [], *(jnp.zeros((rows, kv_heads, size, length), jnp.float32) for _ in range(2))
+    for queries, keys in _spans(length, window):
+        of_q, of_out = q[..., queries, :], d_out[..., queries, :]
+        scores = _scores(q, k, segment_ids, queries, keys, window)
+        weights = jnp.exp(scores - normalizer[..., queries, :])
+        d_weights = sums("bkgth,bksh->bkgts", of_out, v[:, :, keys])
+        d_scores = (weights * (d_weights - d_total[..., queries, :]) * size**-0.5).astype(q.dtype)
+        d_q.append(jnp.einsum("bkgts,bksh->bkgth", d_scores, k[:, :, keys]))
+        d_k = d_k.at[..., keys].add(sums("bkgth,bkgts->bkhs", of_q, d_scores))
+        d_v = d_v.at[..., keys].add(sums("bkgth,bkgts->bkhs", of_out, weights.astype(v.dtype)))
+    d_k, d_v = (x.swapaxes(2, 3).astype(k.dtype) for x in (d_k, d_v))
+    # Whole arrays: fused into what comes next, each of them would be read across its rows.
+    return *jax.lax.optimization_barrier((jnp.concatenate(d_q, axis=3), d_k, d_v)), None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _spans(length: int, window: int | None):
+    """For each block of queries: its slice, and that of the keys that any of them may see."""
+    size = -(-length // max(1, min(4, length // 64)))
     for start in range(0, length, size):
         stop = min(start + size, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        distance = index[start:stop, None] - index[None, first:stop]
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        same = segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop]
-        out.append(masked_attention(q[:, start:stop], k[:, first:stop], v[:, first:stop], same & visible[None]))
-    return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
+        yield slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
 
 
-def masked_attention(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS) -> jax.Array:
-    """Softmax attention of T queries over S keys under a boolean mask; grouped queries share a key/value head."""
-    rows, length, heads, size = q_BxTxNxH.shape
-    kv_heads = k_BxSxKxH.shape[2]
-    q = q_BxTxNxH.reshape(rows, length, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BxSxKxH, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BxTxS[:, None, None], scores * size**-0.5, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxH.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v_BxSxKxH)
-    return out.reshape(q_BxTxNxH.shape)
+def _scores(q, k, segment_ids, queries: slice, keys: slice, window):
+    """Scaled and masked scores of one block, float32 `[B, K, G, queries, keys]`."""
+    index = jnp.arange(segment_ids.shape[1])
+    distance = index[queries, None] - index[None, keys]
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    mask = visible[None] & (segment_ids[:, queries, None] == segment_ids[:, None, keys])
+    of_q, of_k = q[..., queries, :], k[:, :, keys]
+    scores = jnp.einsum("bkgth,bksh->bkgts", of_q, of_k, preferred_element_type=jnp.float32)
+    return jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, MASKED)

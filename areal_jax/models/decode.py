@@ -1,26 +1,49 @@
 """The cached forward for generation: prompts are prefilled into slots, then all slots advance one token per step.
 
-The cache is `{"k", "v"}`, each `[layers, slots, length, kv_heads, head_dim]`. It is carried through the loop over
-layers and updated in place, so a jitted caller should donate it. A slot's result depends on that slot alone, whatever
-the others hold. The layers are those of the training forward; only how a query finds its keys differs.
+The cache is `{"k", "v"}`, each a tuple with an array for every layer: k `[slots, kv_heads, head_dim, length]`, v
+`[slots, kv_heads, length, head_dim]`, as the products of a single query read them. It is updated in place, so a jitted
+caller should donate it. A step does not loop over stacked layers, as prefill and training do: taking a layer's part out
+of a stacked cache is a copy of it, which costs more than the attention over it. A slot's result depends on that slot
+alone, whatever the others hold. The layers are those of the training forward; only how a query finds its keys differs.
 """
 
 import jax
 import jax.numpy as jnp
 
 from areal_jax.models import logprobs
-from areal_jax.models.attention import attention, masked_attention
+from areal_jax.models.attention import MASKED, attention
 from areal_jax.models.config import ModelError
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, tuple[jax.Array, ...]]
 
 
 def init_cache(model, slots: int, length: int, dtype=None) -> Cache:
     """Zeros for `slots` sequences of at most `length` tokens; dtype defaults to the model's compute dtype."""
-    c = model.config
-    shape = (c.num_layers, slots, length, c.num_kv_heads, c.head_dim)
-    dtype = jnp.dtype(dtype or model.compute_dtype)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    c, dtype = model.config, jnp.dtype(dtype or model.compute_dtype)
+    shapes = {"k": (slots, c.num_kv_heads, c.head_dim, length), "v": (slots, c.num_kv_heads, length, c.head_dim)}
+    return {name: tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for name, shape in shapes.items()}
+
+
+def insert_cache(cache: Cache, part: Cache, slots) -> Cache:
+    """Writes `part`, a cache of N slots that is not longer, into int32 `[N]` `slots`; out of range: nowhere."""
+    width = _length(part)
+    return {
+        "k": tuple(x.at[slots, :, :, :width].set(new, mode="drop") for x, new in zip(cache["k"], part["k"])),
+        "v": tuple(x.at[slots, :, :width].set(new, mode="drop") for x, new in zip(cache["v"], part["v"])),
+    }
+
+
+def resize_cache(cache: Cache, length: int) -> Cache:
+    """The cache cut, or padded with zeros, to `length`."""
+    more = (0, max(0, length - _length(cache)))
+    return {
+        "k": tuple(jnp.pad(x[..., :length], ((0, 0), (0, 0), (0, 0), more)) for x in cache["k"]),
+        "v": tuple(jnp.pad(x[..., :length, :], ((0, 0), (0, 0), more, (0, 0))) for x in cache["v"]),
+    }
+
+
+def _length(cache: Cache) -> int:
+    return cache["v"][0].shape[2]
 
 
 def prefill(model, params, cache: Cache, tokens, lengths, slots) -> tuple[jax.Array, Cache]:
@@ -37,7 +60,7 @@ def prefill(model, params, cache: Cache, tokens, lengths, slots) -> tuple[jax.Ar
       `(logits, cache)`: float32 `[N, V]`, the next-token logits at each prompt's last token.
     """
     width = tokens.shape[1]
-    capacity, length = cache["k"].shape[1:3]
+    capacity, length, dtype = cache["v"][0].shape[0], _length(cache), cache["v"][0].dtype
     if width > length:
         raise ModelError(f"prompts padded to {width} tokens do not fit a cache of {length} tokens per slot")
     net, index = model._network(params), jnp.arange(width, dtype=jnp.int32)[None]
@@ -46,7 +69,7 @@ def prefill(model, params, cache: Cache, tokens, lengths, slots) -> tuple[jax.Ar
 
     def attend(q, k, v, state):
         out = attention(q, k, v, segment_ids, window=model.config.sliding_window, implementation="xla")
-        return out, (k.astype(cache["k"].dtype), v.astype(cache["v"].dtype))
+        return out, (k.transpose(0, 2, 3, 1).astype(dtype), v.swapaxes(1, 2).astype(dtype))
 
     stacked, block = net.split_layers()
 
@@ -54,17 +77,13 @@ def prefill(model, params, cache: Cache, tokens, lengths, slots) -> tuple[jax.Ar
         return block(params)(x, rope, attend, None)
 
     x_MxD = net.embed(tokens.reshape(-1), model.compute_dtype)
-    x_MxD, (k_LxNxPxKxH, v_LxNxPxKxH) = jax.lax.scan(layer, x_MxD, stacked)
+    x_MxD, (k_LxNxKxHxP, v_LxNxKxPxH) = jax.lax.scan(layer, x_MxD, stacked)
     last_NxD = x_MxD[jnp.arange(len(lengths)) * width + jnp.maximum(lengths - 1, 0)]
     logits = logprobs.head_logits(net.normalize(last_NxD), net.head_weights())
 
     # Out of range means "do not write"; negative indices would count from the end, so they are mapped too.
     target = jnp.where((lengths > 0) & (slots >= 0) & (slots < capacity), slots, capacity)
-    cache = {
-        "k": cache["k"].at[:, target, :width].set(k_LxNxPxKxH, mode="drop"),
-        "v": cache["v"].at[:, target, :width].set(v_LxNxPxKxH, mode="drop"),
-    }
-    return logits, cache
+    return logits, insert_cache(cache, {"k": tuple(k_LxNxKxHxP), "v": tuple(v_LxNxKxPxH)}, target)
 
 
 def step(model, params, cache: Cache, tokens, positions) -> tuple[jax.Array, Cache]:
@@ -79,31 +98,33 @@ def step(model, params, cache: Cache, tokens, positions) -> tuple[jax.Array, Cac
     Returns:
       `(logits, cache)`: float32 `[S, V]`, the logits of each slot's next token.
     """
-    net, slots, length = model._network(params), jnp.arange(tokens.shape[0]), cache["k"].shape[2]
+    net, slots = model._network(params), jnp.arange(tokens.shape[0])
     rope = net.rope(positions[:, None])
-    index = jnp.arange(length)[None, None, :]
-    mask_Sx1xC = index <= positions[:, None, None]
+    distance = positions[:, None] - jnp.arange(_length(cache))[None]
+    visible_SxC = distance >= 0
     if model.config.sliding_window is not None:
-        mask_Sx1xC &= positions[:, None, None] - index < model.config.sliding_window
+        visible_SxC &= distance < model.config.sliding_window
 
     def attend(q, k, v, state):
-        layer, cache = state
-        cache = {
-            "k": cache["k"].at[layer, slots, positions].set(k[:, 0].astype(cache["k"].dtype)),
-            "v": cache["v"].at[layer, slots, positions].set(v[:, 0].astype(cache["v"].dtype)),
-        }
-        k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
-        return masked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask_Sx1xC), (layer, cache)
+        keys, values = state
+        keys = keys.at[slots, :, :, positions].set(k[:, 0].astype(keys.dtype))
+        values = values.at[slots, :, positions].set(v[:, 0].astype(values.dtype))
+        return _one_query(q, keys.astype(q.dtype), values.astype(q.dtype), visible_SxC), (keys, values)
 
     stacked, block = net.split_layers()
+    x, layers = net.embed(tokens, model.compute_dtype), []
+    for i, layer in enumerate(zip(cache["k"], cache["v"], strict=True)):
+        x, layer = block(jax.tree.map(lambda x: x[i], stacked))(x, rope, attend, layer)  # noqa: B023 (called at once)
+        layers.append(layer)
+    keys, values = zip(*layers)
+    return logprobs.head_logits(net.normalize(x), net.head_weights()), {"k": keys, "v": values}
 
-    def layer(carry, inputs):
-        x, cache = carry
-        number, params = inputs
-        x, (_, cache) = block(params)(x, rope, attend, (number, cache))
-        return (x, cache), None
 
-    x = net.embed(tokens, model.compute_dtype)
-    numbers = jnp.arange(model.config.num_layers)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (numbers, stacked))
-    return logprobs.head_logits(net.normalize(x), net.head_weights()), cache
+def _one_query(q_Sx1xNxH, k_SxKxHxC, v_SxKxCxH, visible_SxC):
+    """Softmax attention of one query per slot over the visible part of its keys."""
+    slots, kv_heads, size, _ = k_SxKxHxC.shape
+    q_SxKxGxH = q_Sx1xNxH.reshape(slots, kv_heads, -1, size)
+    scores = jnp.einsum("skgh,skhc->skgc", q_SxKxGxH, k_SxKxHxC, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible_SxC[:, None, None], scores * size**-0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_SxKxCxH.dtype)
+    return jnp.einsum("skgc,skch->skgh", weights, v_SxKxCxH).reshape(q_Sx1xNxH.shape)

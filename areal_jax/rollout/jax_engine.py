@@ -240,14 +240,16 @@ class JaxEngine:
     def _prefill(self, sequences: list[Sequence]) -> None:
         """Fills the caches of `sequences` (in their slots already) and samples one token for each."""
         rows = self._programs.prefill_rows
-        same_width: dict[int, list[Sequence]] = {}
+        prompts: dict[int, dict[bytes, list[Sequence]]] = {}  # by width; equal ones, as a group has, are run once
         for sequence in sequences:
-            same_width.setdefault(bucket(self._programs.widths, sequence.length), []).append(sequence)
-        self._fit_cache(max(same_width))
+            same = prompts.setdefault(bucket(self._programs.widths, sequence.length), {})
+            same.setdefault(sequence.tokens[: sequence.length].tobytes(), []).append(sequence)
+        self._fit_cache(max(prompts))
         dispatched = [
-            self._prefill_few(same[i : i + rows], width)
-            for width, same in sorted(same_width.items())
+            dispatch
+            for width, same in sorted(prompts.items())
             for i in range(0, len(same), rows)
+            for dispatch in self._prefill_few(list(same.values())[i : i + rows], width)
         ]
         tokens, logprobs = np.zeros((1, self.slots), np.int32), np.zeros((1, self.slots), np.float32)
         chosen = np.zeros(self.slots, bool)
@@ -256,18 +258,25 @@ class JaxEngine:
             tokens[0, slots], logprobs[0, slots], chosen[slots] = np.asarray(new)[:n], np.asarray(logprob)[:n], True
         self._accept(tokens, logprobs, chosen)
 
-    def _prefill_few(self, few: list[Sequence], width: int):
-        """Dispatches one prefill; returns the slots, and their tokens and log-probs to come."""
+    def _prefill_few(self, few: list[list[Sequence]], width: int):
+        """Dispatches one prefill of `few` prompts, each for one or more sequences that begin with it.
+
+        Yields slots, and their tokens and log-probs to come, of at most `prefill_rows` sequences at a time.
+        """
         rows = self._programs.prefill_rows
         tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-        slots = np.full(rows, self.slots, np.int32)  # out of range: written nowhere
-        for i, sequence in enumerate(few):
-            tokens[i, : sequence.length] = sequence.tokens[: sequence.length]
-            lengths[i], slots[i] = sequence.length, sequence.slot
-        of_slots = self._table.rows.take(np.minimum(slots, self.slots - 1))
-        part, new, logprobs = self._programs.prefill(self._params, tokens, lengths, of_slots)
-        self._cache = self._programs.insert(self._cache, part, slots)
-        return slots[: len(few)], new, logprobs
+        for i, (sequence, *_) in enumerate(few):
+            tokens[i, : sequence.length], lengths[i] = sequence.tokens[: sequence.length], sequence.length
+        part, logits = self._programs.prefill(self._params, tokens, lengths)
+        places = np.array([(i, sequence.slot) for i, same in enumerate(few) for sequence in same], np.int32)
+        for i in range(0, len(places), rows):
+            n = len(places[i : i + rows])
+            source, slots = np.zeros(rows, np.int32), np.full(rows, self.slots, np.int32)  # out of range: nowhere
+            source[:n], slots[:n] = places[i : i + rows].T
+            of_slots = self._table.rows.take(np.minimum(slots, self.slots - 1))
+            new, logprobs = self._programs.first(logits, lengths, source, of_slots)
+            self._cache = self._programs.insert(self._cache, part, source, slots)
+            yield slots[:n], new, logprobs
 
     def _advance(self) -> None:
         self._fit_cache(0)

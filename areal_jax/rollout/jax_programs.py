@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from areal_jax.models import insert_cache, resize_cache
 from areal_jax.rollout.sampling import draw, forbid, request_keys, sampling_logprobs
 from areal_jax.rollout.slots import Rows
 
@@ -36,8 +37,8 @@ def bucket(buckets: tuple[int, ...], n: int) -> int:
 class Programs:
     """Compiled functions over (params, cache, rows), whose shapes follow from the settings given here alone.
 
-    `model` needs `init_cache(slots, length, dtype)`, whose arrays begin with `[layers, slots, length]`,
-    `prefill(params, cache, tokens, lengths, slots)` and `decode(params, cache, tokens, positions)`.
+    `model` needs `init_cache(slots, length, dtype)`, `prefill(params, cache, tokens, lengths, slots)` and
+    `decode(params, cache, tokens, positions)`, over a cache as in `models.decode`.
     """
 
     def __init__(
@@ -55,14 +56,17 @@ class Programs:
         """An empty cache of `length` (one of `lengths`) for all slots."""
         return self._model.init_cache(self.slots, length, self._dtype)
 
-    def prefill(self, params, tokens, lengths, rows: Rows):
-        """Runs int32 `[prefill_rows, P]` `tokens`; returns (their part of the cache, next tokens, log-probs)."""
-        part, logits = self._prefill(params, tokens, lengths)
-        return part, *self._first(logits, lengths, rows)
+    def prefill(self, params, tokens, lengths):
+        """Runs int32 `[prefill_rows, P]` `tokens`; returns (their cache, the logits of their next tokens)."""
+        return self._prefill(params, tokens, lengths)
 
-    def insert(self, cache, part, slots):
-        """Writes a prefill's part of the cache into `slots` (out of range: nowhere)."""
-        return self._insert(cache, part, slots)
+    def first(self, logits, lengths, source, rows: Rows):
+        """The next tokens and log-probs of `rows`, each after the prompt of a prefill that `source` (int32) names."""
+        return self._first(logits, lengths, source, rows)
+
+    def insert(self, cache, part, source, slots):
+        """Writes the prompts `source` of a prefill's cache into `slots` (out of range: nowhere); both of one length."""
+        return self._insert(cache, part, source, slots)
 
     def decode(self, params, cache, rows: Rows):
         """Up to `steps` tokens for every row with `remaining`; returns (cache, tokens `[steps, S]`, log-probs)."""
@@ -79,12 +83,13 @@ class Programs:
         parts = {}
         for width in self.widths:
             prompts = np.zeros((self.prefill_rows, width), np.int32)
-            parts[width], _, _ = self.prefill(params, prompts, lengths, few)
+            parts[width], logits = self.prefill(params, prompts, lengths)
+            self.first(logits, lengths, lengths, few)
         for length in self.lengths:
             cache, _, _ = self.decode(params, self.new_cache(length), rows)
             for width in self.widths:
                 if width <= length:
-                    cache = self.insert(cache, parts[width], nowhere)
+                    cache = self.insert(cache, parts[width], lengths, nowhere)
             for other in set(self.lengths) - {length}:
                 self.resize(cache, other)
             jax.block_until_ready(cache)
@@ -106,7 +111,7 @@ def _functions(model, steps: int, dtype):
         jax.jit(_first),
         jax.jit(functools.partial(_decode, model, steps), donate_argnums=1),
         jax.jit(_insert, donate_argnums=0),
-        jax.jit(_resize, static_argnums=1),
+        jax.jit(resize_cache, static_argnums=1),
     )
 
 
@@ -123,23 +128,12 @@ def _prefill(model, dtype, params, tokens, lengths):
     return cache, logits
 
 
-def _first(logits, lengths, rows: Rows):
-    return _sample(logits, rows, request_keys(rows.identity), lengths, rows.forced)
+def _first(logits, lengths, source, rows: Rows):
+    return _sample(logits[source], rows, request_keys(rows.identity), lengths[source], rows.forced)
 
 
-def _insert(cache, part, slots):
-    def write(whole, piece):
-        return whole.at[:, slots, : piece.shape[2]].set(piece, mode="drop")
-
-    return jax.tree.map(write, cache, part)
-
-
-def _resize(cache, length: int):
-    def resized(x):
-        padding = [(0, max(0, length - x.shape[2])) if axis == 2 else (0, 0) for axis in range(x.ndim)]
-        return jnp.pad(x[:, :, :length], padding)
-
-    return jax.tree.map(resized, cache)
+def _insert(cache, part, source, slots):
+    return insert_cache(cache, jax.tree.map(lambda x: x[source], part), slots)
 
 
 class _Loop(NamedTuple):

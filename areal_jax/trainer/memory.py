@@ -65,8 +65,8 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
     layer = (params - 2 * c.vocab_size * c.hidden_size) / c.num_layers
     logits = min(tokens * c.vocab_size, max(128 * c.vocab_size, LOGITS_PER_CHUNK)) / tensor
     head = c.vocab_size * c.hidden_size / tensor
-    keeps_scores = t.remat == "none" and t.attention == "xla"  # where nothing is flash, nor computed again
-    scores = 1.5 * t.row_length * c.num_heads / tensor * keeps_scores
+    # Without flash attention, a few float32 arrays of one block's scores, a quarter of the row's queries.
+    scores = 3 * 4 * t.row_length / 4 * c.num_heads / tensor * (t.attention == "xla")
     # Flash attention leaves a float32 for every token, head and segment that the token's row may hold: its outputs are
     # kept with attention's result, or exist for one layer at a time.
     statistics = 4 * max(2, max_segments(t)) * c.num_heads / tensor * (t.attention != "xla")
@@ -76,9 +76,10 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
             "moments": trained * 8 / shards,
             "gradients": trained * 4 / shards,
             "a micro-batch's gradients": trained * BYTES[t.param_dtype] / shards,
-            "kept activations": c.num_layers * tokens * width * (_kept(c, t.remat, tensor) + scores),
+            "kept activations": c.num_layers * tokens * width * _kept(c, t.remat, tensor),
             "flash statistics": tokens * statistics * (1 if t.remat == "full" else c.num_layers),
             "one layer": tokens * width * _kept(c, "none", tensor) + 2 * layer * (4 + width) / (tensor * expert),
+            "scores": tokens * scores,
             "logits": logits * (2 * 4 + width),
             "head": head * (4 + width) + 4 * tokens * c.hidden_size,
             "runtime": RUNTIME,

@@ -91,35 +91,36 @@ class Steps:
         self.reference_logprobs = jax.jit(partial(self._logprobs, model=base), out_shardings=self._rows)
         self.accumulate = jax.jit(self._accumulate, donate_argnums=(1, 2), out_shardings=(gradients, self._replicated))
         self.update = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=(where, gradients, self._replicated))
-        # Metrics of nothing, where a step begins. Traced once: the names come from tracing the objective.
-        self.zero_metrics = jax.jit(
-            lambda: jax.tree.map(jnp.asarray, objective.zero_sums()), out_shardings=self._replicated
-        )
         self._zeros = jax.jit(
             lambda params: jax.tree.map(
                 lambda x: jnp.zeros(x.shape, jnp.float32), state.partition(params, optimizer.trained)[0]
             ),
             out_shardings=gradients,
         )
+        # Traced once: the metrics' names come from tracing the objective.
+        self._no_sums = jax.jit(
+            lambda: jax.tree.map(jnp.asarray, objective.zero_sums()), out_shardings=self._replicated
+        )
 
     # -- placing ---------------------------------------------------------------------------------------------------
 
     def put(self, micro_batch: MicroBatch) -> dict[str, jax.Array]:
         """A micro-batch on the mesh. Every process holds the same arrays and copies only the rows of its devices."""
-        arrays = {name: getattr(micro_batch, name) for name in ON_DEVICE}
-        if jax.process_count() == 1:
-            return jax.device_put(arrays, self._rows)  # in one call: each costs the host as much as a small array
-        return {name: self.put_rows(array) for name, array in arrays.items()}
+        return self.put_rows({name: getattr(micro_batch, name) for name in ON_DEVICE})
 
-    def put_rows(self, array: np.ndarray) -> jax.Array:
-        """One `[rows, row_length]` array on the mesh."""
+    def put_rows(self, arrays: Tree) -> Tree:
+        """A tree of `[rows, row_length]` arrays on the mesh."""
         if jax.process_count() == 1:
-            return jax.device_put(array, self._rows)
-        return jax.make_array_from_callback(array.shape, self._rows, lambda index: array[index])
+            return jax.device_put(arrays, self._rows)
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self._rows, x.__getitem__), arrays)
 
     def zero_gradients(self, params: Tree) -> Tree:
         """A fresh accumulator; needed once, `update` hands it back emptied."""
         return self._zeros(params)
+
+    def zero_metrics(self) -> measure.Sums:
+        """Metrics of nothing; where a step begins."""
+        return self._no_sums()
 
     # -- the three steps -------------------------------------------------------------------------------------------
 

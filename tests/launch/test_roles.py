@@ -1,10 +1,14 @@
 """Which processes a run has, and what each of them inherits."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from areal_jax import config as configs
 from areal_jax.config import ConfigError
-from areal_jax.launch.roles import roles_of
+from areal_jax.launch.roles import ROOT, roles_of
 from configs import quickstart
 
 
@@ -29,6 +33,17 @@ def test_processes_that_compute_with_jax_on_cpus_keep_their_buffers(tmp_path, mo
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     found = environments(tmp_path, **{"rollout.engine": engine})
     assert {name for name, env in found.items() if env.get("MALLOC_MMAP_MAX_") == "0"} == expected
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [("", "0 once"), ("0", "unset once")])
+def test_a_tool_measures_in_the_environment_of_a_role(gpus, expected):
+    program = (
+        "import os, sys; from areal_jax.launch.roles import as_role; as_role(); "
+        "print(os.environ.get('MALLOC_MMAP_MAX_', 'unset'), *sys.argv[1:])"
+    )
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", program, "once"], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
 
 
 def test_a_setting_of_the_config_comes_before_what_the_launcher_would_set(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The embedded engine: what it samples depends on weights, request and key alone, and says truthfully which weights."""
 
 import asyncio
+import dataclasses
 
 import numpy as np
 import pytest
@@ -43,6 +44,22 @@ def reference():
 def test_continuous_batching_equals_one_at_a_time_bit_for_bit(reference):
     wanted, done, _ = reference
     same(generate(make_engine(), wanted, together=False)[0], done)
+
+
+def test_equal_prompts_are_run_once_and_change_nothing_bit_for_bit():
+    """As the samples of a group: five equal prompts and another one, in prefills of two."""
+    first, other = requests(2)
+    wanted = [dataclasses.replace(first, key=(7, 0, i)) for i in range(5)] + [other]
+    engine, prefilled = make_engine(slots=6), []
+    run, admit = engine._programs.prefill, engine._admit
+    engine._admit = lambda: len(engine._waiting) == 6 and admit()  # all of them at once
+    engine._programs.prefill = lambda params, tokens, lengths: (
+        prefilled.append(np.count_nonzero(lengths)) or run(params, tokens, lengths)
+    )
+    done, _ = generate(engine, wanted)
+    assert sum(prefilled) == 2  # warm-up's are empty
+    same(generate(make_engine(slots=6), wanted, together=False)[0], done)
+    assert len({completion.tokens.tobytes() for completion in done[:5]}) == 5
 
 
 def test_order_and_dispatch_length_change_nothing_bit_for_bit(reference):
