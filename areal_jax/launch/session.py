@@ -70,7 +70,10 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
             roles, leaders = roles_of(config, workdir)
             started = time.time()
             view = make_view(config, workdir)
-            supervisor = Supervisor(roles, leaders, workdir, grace=grace, tell=view.tell, lock=lock)
+            limit = config["launch"]["announce_limit"]
+            supervisor = Supervisor(
+                roles, leaders, workdir, grace=grace, announce_limit=limit, tell=view.tell, lock=lock
+            )
             with view:
                 outcome = supervisor.run(view.tick)
             _forget_processes(workdir)
