@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 RETRY_SECONDS = 0.5
+_RESERVE, _RESERVED = "reserve", 1 << 16  # a file in the run's folder, and its bytes
 
 
 class DiskFull(RuntimeError):
     """A file could not be written for too long; the message names it."""
+
+
+def reserve(workdir: str | os.PathLike) -> None:
+    """Keep some room on the disk of the run's folder for what must be said when it is full. Raises `OSError`."""
+    (Path(workdir) / _RESERVE).write_bytes(bytes(_RESERVED))
+
+
+def release(workdir: str | os.PathLike) -> None:
+    """Give it back, for somebody's last words."""
+    with contextlib.suppress(OSError):
+        (Path(workdir) / _RESERVE).unlink()
 
 
 class Waiting:

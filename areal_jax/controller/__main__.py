@@ -20,7 +20,7 @@ from areal_jax.controller.snapshot import StateError
 from areal_jax.data.config import DataConfig
 from areal_jax.data.prompts import fitting, prompt_limit
 from areal_jax.data.readers import DataError, Dataset, load_dataset
-from areal_jax.disk import DiskFull, insist
+from areal_jax.disk import DiskFull, insist, release
 from areal_jax.exits import CANNOT_GO_ON, WRONG_SETTING
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.silence import Silence, report_silence
@@ -99,7 +99,8 @@ def main() -> int:
         print(f"controller: {error}", file=sys.stderr)
         return WRONG_SETTING
     if diagnosis:
-        with contextlib.suppress(OSError):  # of the disk that is full
+        release(workdir)
+        with contextlib.suppress(OSError):  # of a disk that is full even so
             print(f"controller: the run cannot go on: {diagnosis}", file=sys.stderr, flush=True)
     return CANNOT_GO_ON if diagnosis else 0
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-ENDING = "ending"  # what the lock's file says once the launcher is gone
+RUNNING, ENDING = "running", "ending "  # what the lock's file says, and once the launcher is gone
 PROCESSES = "/proc"  # of Linux; elsewhere a group is one thing
 # Python's cleaner of named semaphores (multiprocessing's, which vLLM uses): it ends when all that it serves have ended,
 # and takes with it what these could not remove themselves. Killed with them, it would leave that in /dev/shm.
@@ -34,8 +34,8 @@ def watch(lines, grace: float, lock: int | None = None) -> None:
         elif group in groups:
             groups.remove(group)
     if lock is not None:
-        os.truncate(lock, 0)
-        os.pwrite(lock, ENDING.encode(), 0)
+        with contextlib.suppress(OSError):
+            os.pwrite(lock, ENDING.encode(), 0)
     end_groups(groups, grace)
 
 

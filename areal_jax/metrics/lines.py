@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import deque
 from typing import Any
 
 _BLOCK = 1 << 16
+_KEPT = 1000  # lines that wait for room
 
 
 class Lines:
     """Appends to the file at `path`, which is made with the first line. Half a line at its end, of a writer that was
-    killed, is cut off first. `lost` counts the lines that `add` could not write, and `problem` says why."""
+    killed, is cut off first. `problem` says why lines given to `add` are not there yet; "" when all are."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self.lost, self.problem = 0, ""
+        self.problem = ""
+        self._late: deque[Any] = deque(maxlen=_KEPT)
         self._fd, self._size, self._torn = -1, 0, False
 
     def append(self, value: Any) -> None:
@@ -39,16 +42,25 @@ class Lines:
             raise OSError(error.errno, error.strerror, self.path) from None
 
     def add(self, value: Any) -> bool:
-        """As `append` for what is not worth an end: a line that cannot be written is counted. Whether it was."""
+        """As `append` for what is not worth an end: a line that cannot be written is written with a later one, unless
+        there are too many. Whether all is written."""
+        self._late.append(value)
+        return self._catch_up()
+
+    def _catch_up(self) -> bool:
         try:
-            self.append(value)
+            while self._late:
+                self.append(self._late[0])
+                self._late.popleft()
         except OSError as error:
-            self.lost, self.problem = self.lost + 1, f"{self.path} cannot be written: {error.strerror}"
+            self.problem = f"{self.path} cannot be written: {error.strerror}"
             return False
+        self.problem = ""
         return True
 
     def close(self) -> None:
         """Let go of the file; `append` would open it again."""
+        self._catch_up()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

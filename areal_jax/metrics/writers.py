@@ -19,7 +19,7 @@ class MetricsWriter:
 
     A resumed run appends to what is there. Scalars go everywhere; strings, lists (histograms) and dicts to the JSON
     lines only. A number that is not finite is written as a string ("nan", "inf"), so that every line stays valid JSON.
-    What a full disk does not take is lost, and said in `problem`: no run ends for its metrics.
+    What a full disk does not take is written later (TensorBoard's is lost): no run ends for its metrics.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class MetricsWriter:
 
     @property
     def problem(self) -> str:
-        """What could not be written, and how often; "" while nothing was lost."""
-        return f"{self._lines.problem}; {self._lines.lost} lines are lost" if self._lines.lost else ""
+        """What cannot be written just now; "" while all is well."""
+        return self._lines.problem
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record `metrics` of `step`: numbers, numpy or jax scalars and arrays, strings, lists, dicts."""
