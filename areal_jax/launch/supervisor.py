@@ -177,10 +177,12 @@ class Supervisor:
             self._sweep(process)
 
     def _may_leave(self, process: _Process) -> bool:
-        """At the end of a run, the others are told to go and may be gone shortly before the trainer."""
+        """At the end of a run, the others are told to go and may be gone shortly before the trainer; but one that died
+        in its last moments and was started again needs them once more."""
         if process.left_at is None:
             process.left_at = self._clock()
-        return self._clock() - process.left_at < self._farewell
+        again = any(self._processes[name].started > process.left_at for name in self._leaders)
+        return not again and self._clock() - process.left_at < self._farewell
 
     def _after_death(self, process: _Process, code: int) -> Outcome | None:
         role = process.role

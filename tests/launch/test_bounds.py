@@ -141,6 +141,29 @@ def test_no_named_semaphore_of_a_killed_process_stays(tmp_path, end):
     assert not Path(named.read_text()).exists()
 
 
+# Dies in its last moments, when the other has left; its second life ends when the other is back.
+LAST_MOMENT = """
+import os, sys, time
+lives, other = sys.argv[1:]
+file = open(lives, 'a+'); file.write('x'); file.flush(); file.seek(0)
+life = len(file.read())
+while not os.path.exists(other) or os.path.getsize(other) < life:
+    time.sleep(0.01)
+sys.exit(2 - life and 1)
+"""
+
+
+def test_a_trainer_that_dies_when_the_others_have_left_gets_them_back_at_once(tmp_path):
+    other, told = tmp_path / "other", []
+    leaves = role("controller", "import sys; open(sys.argv[1], 'a').write('x')", other, restarts=1)
+    trainer = role("trainer", LAST_MOMENT, tmp_path / "lives", other, restarts=1)
+    supervisor = Supervisor([trainer, leaves], ["trainer"], tmp_path, grace=5, farewell=1e6, tell=told.append)
+    assert supervisor.run(interval=0.01).status == "finished"
+    assert [line.partition(";")[0] for line in told] == [
+        "trainer ended with exit code 1", "controller ended with exit code 0",
+    ]  # fmt: skip
+
+
 def test_what_was_started_again_is_on_record(tmp_path):
     import json
 

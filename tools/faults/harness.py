@@ -56,7 +56,7 @@ class Fault:
     fails: str = ""  # the run must not finish: it ends with these words
     ends: str = ""  # the first life of the run ends with these words; the same command must finish it
     quarantined: int = 0
-    restarts: int | None = 1  # processes started again, exactly; None: as it comes
+    restarts: int | None = 1  # times that the role is started again, exactly, and no other; None: as it comes
     disk: int = 0  # bytes of a file system of the run's own; 0: it has none
     random: bool = False  # the seed matters
 
@@ -237,10 +237,21 @@ def judged(run: Run, code: int | None) -> Iterator[str]:
         yield f"exit code {code}: {tail(run)}"
         return
     again = run.started_again()
-    if fault.restarts is not None and run.struck and sum(again.values()) != fault.restarts:
-        yield f"{again} were started again, expected {fault.restarts}: {tail(run)}"
+    if fault.restarts is not None and run.struck and not as_expected(again, fault):
+        yield f"{again} were started again, expected {fault.role} {fault.restarts} times: {tail(run)}"
     yield from accounts(run.workdir, fault.quarantined)
     yield from judge.secrets(run.workdir)
+
+
+def as_expected(again: dict[str, int], fault: Fault) -> bool:
+    """Whether the struck role alone was started again, as often as it must be.
+
+    A trainer that is struck once the run is over, and the others have left, gets all of them back.
+    """
+    own = sum(n for name, n in again.items() if name.partition("-")[0] == fault.role)
+    others = {name: n for name, n in again.items() if name.partition("-")[0] != fault.role}
+    back = {"controller": 1, "rewards-0": 1, "rollout-0": 1}
+    return own == fault.restarts and (not others or (fault.role == "trainer" and others == back))
 
 
 def accounts(workdir: Path, quarantined: int) -> Iterator[str]:
