@@ -35,6 +35,7 @@ KINDS = {
     "areal_jax.launch.guardian": "guardian",
 }  # fmt: skip
 VERIFIER = "areal_jax.rewards.worker"  # in the text of a program
+CLEANER = "multiprocessing.resource_tracker"  # likewise
 
 
 # --- Its processes --------------------------------------------------------------------------------------------------
@@ -141,15 +142,26 @@ def shared_memory() -> set[str]:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a living process of this machine has `path`, or something below it, open or mapped."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if str(path) in Path(f"/proc/{process.pid}/maps").read_text():
-                return True
-            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    if os.readlink(descriptor).startswith(str(path)):
-                        return True
+    """Whether a living process of this machine has `path`, or something below it, open or mapped; or, of a semaphore of
+    Python's multiprocessing, whether any of its cleaners lives, who may still be about to remove it.
+
+    A semaphore is mapped under another name (glibc links it to its own when it is ready), so its inode is looked for.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        inode = str(path.stat().st_ino)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if path.name.startswith("sem.mp-") and CLEANER in " ".join(process.cmdline()):
+                    return True
+                maps = [line.split(maxsplit=5) for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()]
+                shared = [line for line in maps if len(line) == 6 and line[5].startswith(f"{SHARED_MEMORY}/")]
+                if any(line[4] == inode or line[5].startswith(f"{path}/") for line in shared):
+                    return True
+                for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        target = os.readlink(descriptor)
+                        if target == str(path) or target.startswith(f"{path}/"):
+                            return True
     return False
 
 

@@ -47,10 +47,13 @@ def run(workdir, train, limit):
 
             try:
                 found = await asyncio.to_thread(trainer)
-                return found, await service
+            except BaseException:
+                core.stop("the test has failed")
+                raise
             finally:
-                service.cancel()
-                worker.cancel()
+                diagnosis = await service
+                await worker
+            return found, diagnosis
 
     return asyncio.run(asyncio.wait_for(body(), 60))
 

@@ -137,7 +137,7 @@ def test_the_lock_of_a_run_that_is_not_over_is_found(watched):
     assert left(watched) == ""
 
 
-@pytest.mark.parametrize("name", ["sem.mp-test", "areal_jax-test", "psm_test"])
+@pytest.mark.parametrize("name", ["sem.test", "areal_jax-test", "psm_test"])
 def test_whatever_is_new_in_shared_memory_and_nobodys_is_found(watched, name):
     path = judge.SHARED_MEMORY / f"{name}-{os.getpid()}"
     path.touch()
@@ -148,6 +148,36 @@ def test_whatever_is_new_in_shared_memory_and_nobodys_is_found(watched, name):
     finally:
         path.unlink()
     assert left(watched) == ""
+
+
+# Makes a named semaphore, as vLLM does, and dies with its cleaner.
+SEMAPHORE = """
+import multiprocessing, os, signal
+from multiprocessing import resource_tracker
+lock = multiprocessing.get_context("spawn").Lock()
+print("sem." + lock._semlock.name[1:], flush=True)
+input()
+os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_semaphore_that_nobody_will_remove_is_found_and_no_living_ones(watched, monkeypatch):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SEMAPHORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    path = judge.SHARED_MEMORY / process.stdout.readline().strip()
+    try:
+        monkeypatch.setattr(judge, "CLEANER", "of other programs on this machine")
+        assert path.exists() and path.name not in left(watched)  # it is mapped
+        monkeypatch.undo()
+        assert judge.in_use(path)
+        process.communicate("die\n")
+        monkeypatch.setattr(judge, "CLEANER", "of other programs on this machine")
+        assert path.name in left(watched)
+    finally:
+        process.kill()
+        path.unlink()
 
 
 def test_files_that_are_left_are_found(watched):
