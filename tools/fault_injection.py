@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -24,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.faults.harness import Outcome, run
+from tools.faults.harness import Outcome, may_mount, run
 from tools.faults.matrix import all_faults
 
 BEGIN, END = "<!-- made by tools/fault_injection.py: begin -->", "<!-- end -->"
@@ -41,20 +42,39 @@ def table(outcomes: list[Outcome]) -> str:
     ]
     for name, tries in rows.items():
         right = sum(not outcome.problems for outcome in tries)
-        again = ", ".join(str(outcome.restarts) for outcome in tries)
+        again = ", ".join(words(outcome.started_again) for outcome in tries)
         steps = ", ".join(str(outcome.steps_again) for outcome in tries)
         seconds = ", ".join(f"{outcome.seconds:.0f}" for outcome in tries)
         lines.append(f"| {name} | {len(tries)} | {right} | {again} | {steps} | {seconds} |")
     return "\n".join(lines)
 
 
+def words(started_again: dict[str, int]) -> str:
+    """How often each role was started again: "rollout-0 twice"."""
+    times = {1: "", 2: " twice"}
+    return " and ".join(f"{role}{times.get(n, f' {n} times')}" for role, n in started_again.items()) or "none"
+
+
+def commit() -> str:
+    """What the code under test is, in words."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False).stdout
+
+    changed = " with changes that are not committed" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return f"commit {git('rev-parse', '--short=10', 'HEAD').strip() or 'unknown'}{changed}"
+
+
 def report(outcomes: list[Outcome]) -> str:
     """The table with when, where, and how often."""
     wrong = sum(bool(outcome.problems) for outcome in outcomes)
+    codes = " and ".join(sorted({outcome.code for outcome in outcomes}))
     head = (
-        f"{datetime.date.today():%Y-%m-%d}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python "
-        f"{platform.python_version()}. {len({o.fault for o in outcomes})} faults, {len(outcomes)} runs; {wrong} did "
-        "not come out as they must."
+        f"{datetime.date.today():%Y-%m-%d}, {codes}, {os.cpu_count()} cores, {platform.system()} "
+        f"{platform.machine()}, Python {platform.python_version()}. {len({o.fault for o in outcomes})} faults, "
+        f"{len(outcomes)} runs, {len({o.seed for o in outcomes})} of each fault at a random moment; {wrong} did not "
+        "come out as they must."
     )
     return f"{head}\n\n{table(outcomes)}"
 
@@ -77,20 +97,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", default="", help="folder of compiled programs; default: one for this call")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args(arguments)
+    known = [fault.name for fault in all_faults()]
     faults = [fault for fault in all_faults() if options.only in fault.name]
     if options.list:
         print("\n".join(fault.name for fault in faults))
         return 0
     found = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    outcomes = [Outcome(**row) for row in found]
+    outcomes, code = [Outcome(**row) for row in found], commit()
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         cache = options.cache or f"{scratch}/compiled"
         for fault in faults:
+            if fault.disk and not may_mount():
+                print(f"not tried: {fault.name} (it needs the right to mount a file system)", flush=True)
+                continue
             seeds = range(options.first_seed, options.first_seed + options.seeds)
             for seed in [0] if fault.point or not fault.random else seeds:
                 folder = Path(tempfile.mkdtemp(prefix="fault-"))
                 outcome = run(fault, folder / "x", seed, cache)
+                outcome.code = code
                 outcomes = [o for o in outcomes if (o.fault, o.seed) != (outcome.fault, seed)] + [outcome]
+                outcomes.sort(key=lambda o: (known.index(o.fault), o.seed))
                 print(f"{'WRONG' if outcome.problems else 'right'}  {outcome.seconds:4.0f} s  {fault.name}"
                       f"{f', {outcome.where}' if outcome.where else ''}", flush=True)  # fmt: skip
                 for problem in outcome.problems:

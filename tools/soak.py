@@ -17,10 +17,7 @@ import json
 import os
 import platform
 import random
-import re
-import secrets
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,9 +29,8 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from areal_jax.launch import child  # noqa: E402
 from areal_jax.metrics.trained import read_trained  # noqa: E402
-from tools import accounts  # noqa: E402
+from tools import judge  # noqa: E402
 
 # How often whom: what starts in a second more often than what loads and compiles for half a minute.
 VICTIMS = {"controller": 5, "rewards": 4, "rollout": 2, "trainer": 0.7, "launcher": 0.1, "everything": 0.1}
@@ -47,87 +43,30 @@ SETTINGS = {
     "metrics.view": "lines", "metrics.tensorboard": False,
 }  # fmt: skip
 ENDLESS = 10**6  # steps
-MARK = "AREAL_JAX_SOAK"  # in the environment of all processes of the run, which is how they are found
-ROLE = re.compile(r"areal_jax\.(rollout|rewards\.worker|rewards|controller|trainer|launch\.guardian|launch)\b")
 STEP_SECONDS = 600.0  # for one step, when nobody is killed
 GONE_SECONDS = 150.0  # for what is left to end, when the launcher was killed
 
 
-class Run:
-    """The run's processes from outside: found by a mark in their environment, as the launcher may be dead."""
+class Run(judge.Watched):
+    """The run's launcher, started again and again."""
 
     def __init__(self, workdir: Path, overrides: list[str]):
-        self.workdir, self.overrides, self.mark = workdir, overrides, secrets.token_hex(8)
-        self.launcher: subprocess.Popen | None = None
+        super().__init__(workdir, workdir.with_suffix(".tmp"))
+        self.overrides = overrides
 
-    def start(self, steps: int = ENDLESS) -> None:
+    def begin(self, steps: int = ENDLESS) -> None:
         settings = SETTINGS | {"trainer.steps": steps}
-        command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when this process does
-        command += [sys.executable, "-m", "areal_jax.launch", "--config=configs/quickstart.py"]
+        command = [sys.executable, "-m", "areal_jax.launch", "--config=configs/quickstart.py"]
         command += [f"--workdir={self.workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
-        with open(self.workdir.with_suffix(".log"), "ab") as log:
-            self.launcher = subprocess.Popen(
-                command + self.overrides, cwd=ROOT, env=os.environ | {MARK: self.mark}, stdout=log, stderr=log
-            )
+        self.launcher = self.start(command + self.overrides, self.workdir.with_suffix(".log"))
 
-    def processes(self) -> list[psutil.Process]:
-        """All that live, whoever their parent is."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def roles(self) -> dict[str, list[psutil.Process]]:
-        """{"rollout-0": [its process, its children ...], ...}, "launcher" and "guardian" among them."""
-        groups: dict[int, list[psutil.Process]] = {}
-        for process in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                groups.setdefault(os.getpgid(process.pid), []).append(process)
-        found = {}
-        for group, members in groups.items():
-            leader = next((p for p in members if p.pid in (group, self.launcher.pid)), None)
-            if leader is not None and (name := _name(leader)):
-                found[name] = [leader, *(p for p in members if p != leader)]
-        return found
-
-    def left(self, seconds: float) -> list[str]:
-        """Waits for all processes to end; what has not, in words."""
-        deadline = time.monotonic() + seconds
-        while (alive := self.processes()) and time.monotonic() < deadline:
-            self.launcher.poll()
-            time.sleep(0.1)
-        words = []
-        for process in alive:
-            with contextlib.suppress(psutil.Error):
-                words.append(f"process {process.pid} was left: {' '.join(process.cmdline())[:120]}")
-        return words
+    def left(self, seconds: float, files: bool = True) -> list[str]:
+        """Waits for all to end; what is left then, in words."""
+        return list(self.left_behind(seconds, finished=(self.workdir / "summary.json").exists(), files=files))
 
     def log(self, lines: int = 40) -> str:
         """The end of what the launcher has printed."""
         return "\n".join(self.workdir.with_suffix(".log").read_text().splitlines()[-lines:])
-
-    def shared_memory(self) -> list[str]:
-        """What the run has left in the memory file system."""
-        from areal_jax.weights import store
-
-        folder = store.run_folder(self.workdir)
-        return [f"{folder} was left"] if folder.exists() else []
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        words = " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-    if (match := ROLE.search(words)) is None:
-        return ""
-    kind = {"launch": "launcher", "launch.guardian": "guardian", "rewards.worker": "rewards-pool"}.get(
-        match[1], match[1]
-    )
-    index = re.search(r"--(?:index|process) (\d+)", words)
-    return f"{kind}-{index[1]}" if index else kind
 
 
 class Soak:
@@ -169,7 +108,7 @@ class Soak:
     def measure(self) -> None:
         """One row of memory (MB) and descriptors per role, children included; of complete roles only."""
         row: dict[str, Any] = {"at": round(time.time() - self.began, 2)}
-        self.steps += [row["at"]] * (len(_lines(self.run.workdir)) - len(self.steps))
+        self.steps += [row["at"]] * (len(_record(self.run.workdir)) - len(self.steps))
         for name, members in self.run.roles().items():
             with contextlib.suppress(psutil.Error):
                 memory = sum(p.memory_info().rss for p in members) / 1e6
@@ -207,51 +146,51 @@ class Soak:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.run.launcher.wait()
-        left = self.run.left(GONE_SECONDS) + self.run.shared_memory()
+        left = self.run.left(GONE_SECONDS, files=kind == "launcher")  # else the guardian is dead, too
         self.events[-1]["gone_after"] = round(time.monotonic() - started, 2)
         self.problems += [f"after the death of {kind}: {what}" for what in left]
-        self.run.start()
+        self.run.begin()
 
     def finish(self, extra: int) -> int:
         """Stop by SIGINT, start again for `extra` steps, wait for the end; returns the run's number of steps."""
         self.run.launcher.send_signal(signal.SIGINT)
         if (code := self.run.launcher.wait(GONE_SECONDS)) != 130:
             self.problems.append(f"after SIGINT the launcher's exit code is {code}, not 130")
-        self.problems += self.run.left(1.0) + self.run.shared_memory()
+        self.problems += self.run.left(1.0)
         trained = max(read_trained(self.run.workdir)) + 1
-        if (saved := accounts.newest_state(self.run.workdir).version) != trained:
+        if (saved := judge.newest_state(self.run.workdir).version) != trained:
             self.problems.append(f"SIGINT came after step {trained}; the newest checkpoint is of version {saved}")
         steps = saved + extra
-        self.run.start(steps)
+        self.run.begin(steps)
         deadline = time.monotonic() + 600.0
         while self.run.launcher.poll() is None and time.monotonic() < deadline:
             self.measure()
             time.sleep(0.5)
         if (code := self.run.launcher.poll()) != 0:
             self.problems.append(f"the last leg's exit code is {code}")
-        self.problems += self.run.left(1.0) + self.run.shared_memory()
+        self.problems += self.run.left(1.0)
         return steps
 
 
 def result(soak: Soak, steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """The figures, and the accounts."""
     workdir = soak.run.workdir
-    trained, state = read_trained(workdir), accounts.newest_state(workdir)
+    trained, state = read_trained(workdir), judge.newest_state(workdir)
     summary_path = workdir / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
     bound, group_size = SETTINGS["controller.max_staleness"], SETTINGS["controller.group_size"]
-    wrong = accounts.problems(trained, state, steps=steps, bound=bound, group_size=group_size)
+    wrong = judge.ledger_problems(trained, state, steps=steps, bound=bound, group_size=group_size)
+    wrong += judge.summary_problems(workdir, bound=bound) if summary else ["there is no summary.json"]
+    wrong += judge.secrets(workdir)
     samples = sum(group.samples for groups in trained.values() for group in groups)
-    if summary.get("trained_samples") != samples:
-        wrong.append(f"{samples} samples were trained on, the summary says {summary.get('trained_samples')}")
     lags = Counter(step - group.oldest for step, groups in trained.items() for group in groups)
     # Of a step that was made again after going back to a checkpoint, the last time counts.
-    times = {json.loads(line)["version"]: at for line, at in zip(_lines(workdir), soak.steps, strict=False)}
+    times = {row["version"]: at for row, at in zip(_record(workdir), soak.steps, strict=False)}
     return {
         "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}",
         "load_at_end": round(os.getloadavg()[0], 2),
         "minutes": options.minutes, "seed": options.seed, "kills": dict(Counter(e["kind"] for e in soak.events)),
-        "steps": steps, "steps_made_again": len(_lines(workdir)) - len(trained), "samples": samples,
+        "steps": steps, "steps_made_again": len(_record(workdir)) - len(trained), "samples": samples,
         "samples_per_second": round(samples / max(soak.steps), 2),
         "epochs_finished": len(state.ledger.epochs_done), "groups_by_lag": dict(sorted(lags.items())), "bound": bound,
         "quarantined": state.ledger.totals.get("quarantined", 0),
@@ -263,10 +202,9 @@ def result(soak: Soak, steps: int, options: argparse.Namespace) -> dict[str, Any
     }  # fmt: skip
 
 
-def _lines(workdir: Path) -> list[str]:
-    """Whole lines of the trainer's record."""
-    path = workdir / "trained.jsonl"
-    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+def _record(workdir: Path) -> list[dict[str, Any]]:
+    """Of all steps that the trainer has made, those that it made again too."""
+    return judge.lines(workdir / "trained.jsonl")
 
 
 def growth(series: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -339,7 +277,7 @@ def main() -> int:
 
     run = Run(options.workdir, overrides)
     soak = Soak(run, options.seed, every)
-    run.start()
+    run.begin()
     try:
         soak.one_step()
         soak.spend(60 * options.minutes)
@@ -349,8 +287,7 @@ def main() -> int:
             return 1
         found = result(soak, soak.finish(extra=8), options)
     finally:
-        for process in run.processes():
-            process.kill()
+        run.kill()
     if options.json:
         options.json.write_text(json.dumps(found) + "\n")
     if options.plot:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from areal_jax.controller.snapshot import StateError
 from areal_jax.data.config import DataConfig
 from areal_jax.data.prompts import fitting, prompt_limit
 from areal_jax.data.readers import DataError, Dataset, load_dataset
+from areal_jax.disk import DiskFull, insist, release
 from areal_jax.exits import CANNOT_GO_ON, WRONG_SETTING
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.silence import Silence, report_silence
@@ -66,14 +68,15 @@ def next_incarnation(workdir: Path) -> int:
 
 async def serve(core: Core, config: dict[str, Any], workdir: Path) -> str | None:
     """Serve until the run is over, or SIGTERM or SIGINT asks for an end. Returns the diagnosis of a failed run."""
-    journal = Journal(workdir)
+    limit = core.config.disk_limit
+    journal = insist(lambda: Journal(workdir), limit)
     if journal.recover(core, time.monotonic()):
         core.telemetry.note("took over from a controller that was killed", time.monotonic())
 
     def on_silence(silent: Silent) -> None:
         report_silence(workdir, silent.name, Silence(silent.host, silent.pid, silent.seconds, silent.phase))
 
-    async with Server(core.config.address, "controller", workdir) as server:
+    async with insist(lambda: Server(core.config.address, "controller", workdir), limit) as server:
         service = Service(core, server, config["name"], journal=journal, on_silence=on_silence)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -87,13 +90,18 @@ def main() -> int:
     workdir = parser.parse_args().workdir
     try:
         config = configuration.load(workdir)
-        core = make_core(config, next_incarnation(workdir), time.monotonic())
+        limit = config["controller"]["disk_limit"]
+        core = make_core(config, insist(lambda: next_incarnation(workdir), limit), time.monotonic())
         diagnosis = asyncio.run(serve(core, config, workdir))
+    except DiskFull as error:
+        diagnosis = str(error)
     except (configuration.ConfigError, DataError, StateError, TransportError) as error:
         print(f"controller: {error}", file=sys.stderr)
         return WRONG_SETTING
     if diagnosis:
-        print(f"controller: the run cannot go on: {diagnosis}", file=sys.stderr)
+        release(workdir)
+        with contextlib.suppress(OSError):  # of a disk that is full even so
+            print(f"controller: the run cannot go on: {diagnosis}", file=sys.stderr, flush=True)
     return CANNOT_GO_ON if diagnosis else 0
 
 

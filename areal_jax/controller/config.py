@@ -17,5 +17,6 @@ class ControllerConfig:
     heartbeat_seconds: float = 1.0
     heartbeat_limit: float = 30.0  # silent so long: taken for dead; a worker that is silent twice as long is replaced
     progress_limit: float = 600.0  # no sample finished and no batch taken for so long: end with a diagnosis
+    disk_limit: float = 600.0  # seconds to wait for room when the journal or the trainer's record cannot be written
     address: str = "tcp://127.0.0.1:*"  # where to listen; "*": any free port, written to the run's folder
     eval_samples_per_prompt: int = 1

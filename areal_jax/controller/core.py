@@ -358,6 +358,10 @@ class Core(Scheduler):
         self.progress_at = min(now, self.progress_at + seconds)
         self.telemetry.note(f"the controller itself stood still for {seconds:.0f} s", now)
 
+    def held_up(self, now: float) -> None:
+        """Nothing moves just now for a reason that has a limit of its own."""
+        self.progress_at = now
+
     def tick(self, now: float) -> None:
         """Time passes: find the dead, retry what failed, and end a run in which nothing moves."""
         if self.stopped or self.finished:

@@ -8,6 +8,7 @@ run is over.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -67,7 +68,8 @@ _decoder = msgspec.msgpack.Decoder(JournalState)
 
 
 class Journal:
-    """The journal in `workdir`. Raises `OSError` when the disk does: a controller without it could lose samples."""
+    """The journal in `workdir`. Raises `OSError`, with the file's name, when the disk does: a controller without it
+    could lose samples. What was written before is whole then, and all may be called again."""
 
     def __init__(self, workdir: str | Path):
         self.folder = Path(workdir) / "controller"
@@ -99,9 +101,14 @@ class Journal:
 
     def _write(self, path: Path, data: bytes) -> None:
         draft = path.with_name(f".{path.name}")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data)
-        draft.replace(path)
+        try:
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(data)
+            draft.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # others need the room
+                draft.unlink()
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
     def remove(self) -> None:
         """The run is over: nobody will take over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from typing import Any
 
 from areal_jax.controller.core import Core, Send, Silent, Stop
 from areal_jax.controller.journal import Journal
+from areal_jax.disk import RETRY_SECONDS, DiskFull, Waiting
 from areal_jax.transport import messages as m
 from areal_jax.transport.sockets import HELLO_FIRST, Peer, Server
 
+log = logging.getLogger(__name__)
 LONG_POLL = 1.0  # seconds a request may wait for its answer before `NotReady`
 JOURNAL_EVERY = 1.0  # seconds of work that a killed controller may cost
 LAST_WORDS = 5.0  # seconds after the end in which others still get answers
@@ -24,6 +27,10 @@ class Service:
 
     With a `journal`, what must survive this process is written before anyone is told. GetBatch and Evaluate are held
     for a second, and answered at once when there is something. `on_silence` is told of processes that hang.
+
+    When the journal cannot be written (a full disk), nobody is told anything that it would have to hold: the trainer
+    gets NotReady, no batch leaves, and so the staleness gate closes. It is tried again and again, for
+    `controller.disk_limit` seconds; then the run ends with a diagnosis.
     """
 
     def __init__(
@@ -38,6 +45,8 @@ class Service:
         self._on_silence = on_silence
         self.core, self.server, self._run, self._clock, self._journal = core, server, run, clock, journal
         self._journaled_at, self._dirty = clock(), False
+        self._disk, self._tried_at = Waiting(core.config.disk_limit), 0.0
+        self._unsaid: list[Silent] = []  # that could not be written down yet
         self._peers: dict[str, Peer] = {}  # where each role is reached
         self._names: dict[Peer, str] = {}
         self._replaced: deque[Peer] = deque(maxlen=256)  # rollout workers whose name another process has taken
@@ -88,6 +97,8 @@ class Service:
             if (late := now - last - period) > self.core.config.heartbeat_limit / 4:  # stopped, or short of everything
                 self.core.overslept(late, now)
             last = now
+            if self._disk.problem:
+                self.core.held_up(now)
             self.core.tick(now)
             await self._act()
             if now < self._stay_until and self.core.alive("trainer"):
@@ -119,17 +130,13 @@ class Service:
                 return reply
             case m.Publish():
                 core.heard(peer.name, now)
-                reply = core.publish(message.manifest, now)
-                self._write_journal(now)
-                return reply
+                return self._once_written(core.publish(message.manifest, now), now)
             case m.GetState():
                 return core.get_state(message.version)
             case m.SetState():
-                reply = core.set_state(message, now)
-                self._write_journal(now)
-                return reply
+                return self._once_written(core.set_state(message, now), now)
             case m.GetStatus():
-                return m.Status(data=core.status(now) | self._sockets())
+                return m.Status(data=core.status(now) | self._sockets() | {"disk": self._disk.problem})
             case m.Finish():
                 report = core.finish(now) | self._sockets()
                 self._end_at = self._end_at or now + LAST_WORDS
@@ -178,9 +185,8 @@ class Service:
         if isinstance(message, m.GetBatch):
             fresh = message.version not in self.core.handed
             reply = self.core.get_batch(message.version, now)
-            if fresh and isinstance(reply, m.Batch):
-                self._write_journal(now)
-            return reply
+            owed = isinstance(reply, m.Batch) and (fresh or self._disk.problem)
+            return self._once_written(reply, now) if owed else reply
         return self.core.evaluate(message.version, now)
 
     async def _act(self) -> None:
@@ -198,7 +204,7 @@ class Service:
                 await self.server.send(peer, reply)
         self._dirty |= self.core.changed
         self.core.changed = False
-        self._spool()
+        self._spool(now)
         if self._dirty and now - self._journaled_at > JOURNAL_EVERY:
             self._write_journal(now)
         while actions := self.core.take_actions():
@@ -206,21 +212,55 @@ class Service:
                 if isinstance(action, Stop):
                     self._end_at = self._end_at or now + LAST_WORDS
                 elif isinstance(action, Silent):
-                    self._on_silence(action)
+                    self._unsaid.append(action)
                 elif isinstance(action, Send):
                     await self._send(action, now)
+        while self._unsaid and self._try(lambda: self._on_silence(self._unsaid[0]), now):
+            self._unsaid.pop(0)
 
-    def _write_journal(self, now: float) -> None:
-        self._spool()
-        if self._journal is not None:
-            self._journal.write(self.core)
-        self._journaled_at, self._dirty = now, False
+    # --- What must survive this process -----------------------------------------------------------------------------
 
-    def _spool(self) -> None:
-        finished, self.core.just_finished = self.core.just_finished, []
-        if self._journal is not None:
-            for group in finished:
-                self._journal.spool(group)
+    def _once_written(self, reply: m.Message, now: float) -> m.Message:
+        """`reply`, if it may be told."""
+        if self._write_journal(now) or isinstance(reply, m.Refused):
+            return reply
+        return m.NotReady(waiting_for=f"room on the disk: {self._disk.problem}")
+
+    def _write_journal(self, now: float) -> bool:
+        done = self._spool(now) and (self._journal is None or self._try(lambda: self._journal.write(self.core), now))
+        self._journaled_at, self._dirty = now, not done
+        if done and self._disk.succeeded():
+            self._note("the disk takes writes again", now)
+        return done
+
+    def _spool(self, now: float) -> bool:
+        finished = self.core.just_finished
+        while finished:
+            if self._journal is not None and not self._try(lambda: self._journal.spool(finished[0]), now):
+                return False
+            finished.pop(0)
+        return True
+
+    def _try(self, write: Callable[[], None], now: float) -> bool:
+        """Whether `write` went well; not too often while the disk is full, and at last the end of the run."""
+        if self._disk.problem and now - self._tried_at < RETRY_SECONDS:
+            return False
+        try:
+            write()
+        except OSError as error:
+            self._tried_at = now
+            try:
+                if self._disk.failed(error, now):
+                    self._note(f"{self._disk.problem}; trying again for {self.core.config.disk_limit:.0f} s", now)
+            except DiskFull as full:
+                if not self.core.finished:
+                    self.core.stop(str(full))
+            return False
+        return True
+
+    def _note(self, text: str, now: float) -> None:
+        log.warning("controller: %s", text)
+        self.core.telemetry.note(text, now)
 
     async def _send(self, action: Send, now: float) -> None:
         message = action.message

@@ -3,8 +3,8 @@
 The supervisor starts it with a pipe on its standard input and writes one line per process group: "+123" when one is
 started, "-123" when it has ended. The end of the pipe means that the supervisor is dead. Then the groups that are left
 are told to end (so that the trainer saves a checkpoint), and killed after the grace period. Last of all, it removes
-weights that killed processes left on disk or pulled from another host, and the addresses of servers that are gone.
-Until then it imports next to nothing.
+weights that killed processes left on disk or pulled from another host, scratch folders of programs under test, and the
+addresses of servers that are gone. Until then it imports next to nothing.
 
 It inherits the launcher's lock of the run's folder, so that nobody starts the run again while it is at work, and writes
 into it that the run is about to be over.
@@ -16,7 +16,12 @@ import signal
 import sys
 import time
 
-ENDING = "ending"  # what the lock's file says once the launcher is gone
+RUNNING, ENDING = "running", "ending "  # what the lock's file says, and once the launcher is gone
+PROCESSES = "/proc"  # of Linux; elsewhere a group is one thing
+# Python's cleaner of named semaphores (multiprocessing's, which vLLM uses): it ends when all that it serves have ended,
+# and takes with it what these could not remove themselves. Killed with them, it would leave that in /dev/shm.
+CLEANER = b"multiprocessing.resource_tracker"
+CLEANER_SECONDS = 5.0
 
 
 def watch(lines, grace: float, lock: int | None = None) -> None:
@@ -29,20 +34,60 @@ def watch(lines, grace: float, lock: int | None = None) -> None:
         elif group in groups:
             groups.remove(group)
     if lock is not None:
-        os.truncate(lock, 0)
-        os.pwrite(lock, ENDING.encode(), 0)
+        with contextlib.suppress(OSError):
+            os.pwrite(lock, ENDING.encode(), 0)
     end_groups(groups, grace)
 
 
 def end_groups(groups: list[int], grace: float) -> None:
-    """SIGTERM to all `groups`, SIGKILL after `grace` seconds to what is left of them."""
-    for group in groups:
-        send(group, signal.SIGTERM)
-    deadline = time.monotonic() + grace
-    while (groups := [group for group in groups if send(group, 0)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    """SIGTERM to all `groups`, SIGKILL after `grace` seconds to what is left; each group's cleaner goes last."""
+    if grace > 0:
+        for group in groups:
+            send(group, signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        while (groups := [group for group in groups if send(group, 0)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    cleaned = [group for group in groups if _kill_all_but_cleaners(group)]
+    deadline = time.monotonic() + CLEANER_SECONDS
+    while any(members(group) for group in cleaned) and time.monotonic() < deadline:
+        time.sleep(0.01)
     for group in groups:
         send(group, signal.SIGKILL)
+
+
+def _kill_all_but_cleaners(group: int) -> bool:
+    """Whether a cleaner is left of `group`; only one that has a cleaner is killed process by process."""
+    while found := members(group):
+        others = [pid for pid in found if CLEANER not in _command(pid)]
+        if len(others) == len(found):
+            break
+        if not others:
+            return True
+        for pid in others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return False
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a process group; empty where processes cannot be listed."""
+    found = []
+    for name in os.listdir(PROCESSES) if os.path.isdir(PROCESSES) else ():
+        if name.isdigit():
+            with contextlib.suppress(OSError, ValueError), open(f"{PROCESSES}/{name}/stat", "rb") as file:
+                state, _, its_group = file.read().rpartition(b")")[2].split()[:3]
+                if int(its_group) == group and state not in (b"Z", b"X"):
+                    found.append(int(name))
+    return found
+
+
+def _command(pid: int) -> bytes:
+    try:
+        with open(f"{PROCESSES}/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def send(group: int, number: int) -> bool:
@@ -59,8 +104,10 @@ if __name__ == "__main__":
         signal.signal(ignored, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError):
         watch(sys.stdin, float(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    from areal_jax.rewards.folders import sweep_folders
     from areal_jax.transport.endpoints import forget_endpoints
     from areal_jax.weights import cleanup
 
     cleanup(sys.argv[2])
+    sweep_folders()
     forget_endpoints(sys.argv[2])

@@ -37,10 +37,11 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
 
     restarts = launch["restarts"]
     no_gpu = {"JAX_PLATFORMS": "cpu"}
-    roles = [role("controller", "controller", [], no_gpu, restarts=restarts)]
+    roles = [role("controller", "controller", [], no_gpu, restarts=restarts, announces=True)]
     for i in range(config["rewards"]["services"]):
         name = f"rewards-{i}"
-        roles.append(role("rewards", name, ["--index", str(i)], no_gpu, restarts=restarts, peers="rewards"))
+        options = {"restarts": restarts, "peers": "rewards", "announces": True}
+        roles.append(role("rewards", name, ["--index", str(i)], no_gpu, **options))
     leaders = []
     for i in range(config["trainer"]["processes"]):
         name = f"trainer-{i}"

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from areal_jax import config as configs
+from areal_jax import disk
 from areal_jax.config import ConfigError
 from areal_jax.launch import summary
-from areal_jax.launch.guardian import ENDING
+from areal_jax.launch.guardian import ENDING, RUNNING
 from areal_jax.launch.roles import roles_of
 from areal_jax.launch.supervisor import Outcome, Supervisor, diagnosis, log_tail
 from areal_jax.launch.view import make_view
@@ -55,6 +56,7 @@ def prepare(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
         with _lock(workdir, config["launch"]["stop_grace"] + _AFTER_GRACE):
             configs.save(config, workdir)
             make_keys(workdir)
+            disk.reserve(workdir)
             (workdir / "summary.json").unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"the folder {workdir} cannot be used: {error.strerror}") from None
@@ -70,12 +72,16 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
             roles, leaders = roles_of(config, workdir)
             started = time.time()
             view = make_view(config, workdir)
-            supervisor = Supervisor(roles, leaders, workdir, grace=grace, tell=view.tell, lock=lock)
+            limit = config["launch"]["announce_limit"]
+            supervisor = Supervisor(
+                roles, leaders, workdir, grace=grace, announce_limit=limit, tell=view.tell, lock=lock
+            )
             with view:
                 outcome = supervisor.run(view.tick)
             _forget_processes(workdir)
             if outcome.status == "finished":  # and no controller will take over, whatever became of the last one
                 shutil.rmtree(workdir / "controller", ignore_errors=True)
+                disk.release(workdir)
             return report(outcome, workdir, started, supervisor.restarts)
     except ConfigError as error:
         print(f"areal_jax: error: {error}", file=sys.stderr)
@@ -134,7 +140,8 @@ def _lock(workdir: Path, patience: float) -> Iterator[int]:
 
     Waits at most `patience` seconds for a guardian, which ends what a killed launcher has left.
     """
-    with open(workdir / "launch.lock", "a+", encoding="utf-8") as file:  # not emptied: it may be another's
+    descriptor = os.open(workdir / "launch.lock", os.O_RDWR | os.O_CREAT, 0o600)  # not emptied: it may be another's
+    with open(descriptor, "r+", encoding="utf-8") as file:
         deadline, told = time.monotonic() + patience, False
         while not _locked(file):
             file.seek(0)
@@ -146,7 +153,10 @@ def _lock(workdir: Path, patience: float) -> Iterator[int]:
                 print(f"areal_jax: waiting for what a killed launcher has left of {workdir} to end", file=sys.stderr)
                 told = True
             time.sleep(0.1)
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
+        file.write(RUNNING)  # as long as what follows: the guardian may have to write that on a full disk
+        file.flush()
         yield file.fileno()
 
 

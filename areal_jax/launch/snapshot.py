@@ -13,6 +13,12 @@ BARS = "▁▂▃▄▅▆▇█"
 SILENT_SECONDS = 5.0
 # Kind of token -> the metric that compares the log-probs that engine and trainer give it.
 MISMATCH = {"lag 0": "mismatch/logprob_abs_diff_mean", "lag > 0": "mismatch_stale/logprob_abs_diff_mean"}
+# All that is read of a line of metrics.jsonl; the rest need not be kept.
+NAMES = (
+    "reward/accuracy", "reward/mean", "eval/accuracy", "perf/gen_tokens_per_s", "perf/train_tokens_per_s",
+    "length/mean", "response_length/mean", "actor/entropy", "staleness/hist", "staleness/max",
+    "staleness/dropped_total", "staleness/dropped", "warning", *MISMATCH.values(),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Snapshot:
     bound: int = 0
     dropped: float = 0
     mismatch: Mapping[str, float] = dataclasses.field(default_factory=dict)  # mean |Δ log-prob| by kind of token
-    warning: str = ""  # the trainer's, about the last step
+    warning: str = ""  # of the controller's disk, else the trainer's about the last step
     queue: float | None = None
     running: float | None = None
     waiting_for: str = ""
@@ -70,7 +76,7 @@ def snapshot(rows: Sequence[Mapping[str, Any]], status: Mapping[str, Any], confi
         bound=config["controller"]["max_staleness"],
         dropped=first(last, "staleness/dropped_total", "staleness/dropped") or 0,
         mismatch={kind: value for kind, name in MISMATCH.items() if (value := first(last, name)) is not None},
-        warning=str(last.get("warning") or ""),
+        warning=str(status.get("disk") or last.get("warning") or ""),
         queue=number(status.get("queue_depth")),
         running=number(status.get("running_groups")),
         waiting_for=str(status.get("waiting_for") or ""),

@@ -20,11 +20,14 @@ from pathlib import Path
 from areal_jax.exits import CANNOT_GO_ON, TOLD_TO_STOP, WRONG_SETTING
 from areal_jax.launch import child
 from areal_jax.launch.guardian import end_groups, send
+from areal_jax.metrics.lines import Lines
+from areal_jax.transport.endpoints import endpoint_mark
 from areal_jax.transport.silence import take_silence
 
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
 FINAL = (WRONG_SETTING, CANNOT_GO_ON)  # starting the role again changes nothing
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
+LAST_SHARE = 0.2  # of the grace period, for those that are told to end after the leaders
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class Role:
     restarts: int = 0  # times that it may die in a row
     nice: int = 0
     peers: str = ""  # roles with the same word stand in for one another: one of them may be given up
+    announces: bool = False  # it is a server, and must announce its address
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,8 @@ class _Process:
         self.role = role
         self.popen: subprocess.Popen | None = None
         self.started = 0.0
+        self.before: object = None  # its endpoint's mark when it was started
+        self.announced = not role.announces
         self.silent = 0.0  # the seconds of its life that it hung
         self.deaths = 0
         self.given_up = False
@@ -67,7 +73,8 @@ class _Process:
 
 class Supervisor:
     """Runs `roles`; the one named first in `leaders` decides: when all leaders ended well, the run is finished. `grace`
-    is what a role gets to end when told to, `farewell` what lies between the ends of roles that go by themselves.
+    is what all get together to end when told to, `farewell` what lies between the ends of roles that go by themselves.
+    A server that has not announced its address `announce_limit` seconds after its start is taken for one that hangs.
 
     `tell(text)` gets one line per event (a restart, the reason of an end). `lock` is the descriptor of a locked file
     that stays locked until nothing of the run is left, whatever becomes of this process.
@@ -75,12 +82,14 @@ class Supervisor:
 
     def __init__(
         self, roles: Sequence[Role], leaders: Sequence[str], workdir: str | os.PathLike, *, grace: float = 60.0,
-        farewell: float = FAREWELL_SECONDS, tell: Callable[[str], None] = print, lock: int | None = None,
+        farewell: float = FAREWELL_SECONDS, announce_limit: float = float("inf"),
+        tell: Callable[[str], None] = print, lock: int | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self._processes = {role.name: _Process(role) for role in roles}
         self._leaders = list(leaders)
         self._workdir, self._logs = Path(workdir).resolve(), Path(workdir) / "logs"
         self._grace, self._farewell, self._tell, self._lock = grace, farewell, tell, lock
+        self._announce_limit, self._clock = announce_limit, clock
         self._guardian: subprocess.Popen | None = None
         self._signals = 0
         self.restarts = 0
@@ -106,8 +115,9 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def start(self) -> None:
-        """Start the guardian and every role."""
+        """Start the guardian and every role. What is started again later is noted in `WORKDIR/restarts.jsonl`."""
         self._logs.mkdir(parents=True, exist_ok=True)
+        self._record = Lines(self._workdir / "restarts.jsonl")
         guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace), str(self._workdir)]
         held = () if self._lock is None else (self._lock,)
         self._guardian = subprocess.Popen(
@@ -131,6 +141,7 @@ class Supervisor:
                 continue
             if (code := process.popen.poll()) is None:
                 self._end_if_silent(process)
+                self._end_if_unannounced(process)
                 continue
             if code == 0 and (process.role.name in self._leaders or self._may_leave(process)):
                 continue
@@ -146,7 +157,7 @@ class Supervisor:
         if (silence := take_silence(self._workdir, process.role.name)) is None:
             return
         same = (silence.host, silence.pid) == (socket.gethostname(), process.popen.pid)
-        if same or (not silence.pid and time.monotonic() - process.started > silence.seconds):
+        if same or (not silence.pid and self._clock() - process.started > silence.seconds):
             process.silent = silence.seconds
             self._tell(
                 f"{process.role.name} is killed: {silence.by} has heard nothing from it for {silence.seconds:.0f} s "
@@ -154,22 +165,36 @@ class Supervisor:
             )
             self._sweep(process)
 
+    def _end_if_unannounced(self, process: _Process) -> None:
+        """A server that nobody can find hangs as well, and nobody else can know which process it is."""
+        if process.announced:
+            return
+        process.announced = endpoint_mark(self._workdir, process.role.name) != process.before
+        lived = self._clock() - process.started
+        if not process.announced and lived > self._announce_limit:
+            process.silent, process.announced = lived, True
+            self._tell(f"{process.role.name} is killed: it has not announced its address within {lived:.0f} s")
+            self._sweep(process)
+
     def _may_leave(self, process: _Process) -> bool:
-        """At the end of a run, the others are told to go and may be gone shortly before the trainer."""
+        """At the end of a run, the others are told to go and may be gone shortly before the trainer; but one that died
+        in its last moments and was started again needs them once more."""
         if process.left_at is None:
-            process.left_at = time.monotonic()
-        return time.monotonic() - process.left_at < self._farewell
+            process.left_at = self._clock()
+        again = any(self._processes[name].started > process.left_at for name in self._leaders)
+        return not again and self._clock() - process.left_at < self._farewell
 
     def _after_death(self, process: _Process, code: int) -> Outcome | None:
         role = process.role
         self._sweep(process)
-        if time.monotonic() - process.started - process.silent > STABLE_SECONDS:
+        if self._clock() - process.started - process.silent > STABLE_SECONDS:
             process.deaths = 0
         process.deaths += 1
         how = describe_exit(code)
         if process.deaths <= role.restarts and code not in FINAL:
             self._tell(f"{role.name} {how}; starting it again ({process.deaths} of {role.restarts})")
             self.restarts += 1
+            self._record.add({"time": time.time(), "role": role.name, "how": how})
             self._spawn(process)
             return None
         others = [p for p in self._processes.values() if role.peers and p.role.peers == role.peers and not p.given_up]
@@ -184,25 +209,31 @@ class Supervisor:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def stop(self, outcome: Outcome) -> None:
-        """End all roles: let them leave by themselves after a finished run, else tell leaders, then the others."""
-        if outcome.status == "finished":
-            self._wait(self._alive(), self._farewell)
-        else:
-            self._end([p for p in self._alive() if p.role.name in self._leaders])
-        self._end(self._alive())
+        """End all roles: let them leave by themselves after a finished run, else tell leaders, then the others.
 
-    def _end(self, processes: list[_Process]) -> None:
+        All of it takes no longer than the grace period, of which the leaders may use all but a last part.
+        """
+        if outcome.status == "finished":
+            self._wait(self._alive(), self._clock() + self._farewell)
+        deadline = self._clock() + self._grace
+        if outcome.status != "finished":
+            leaders = [p for p in self._alive() if p.role.name in self._leaders]
+            self._end(leaders, deadline - LAST_SHARE * self._grace)
+        self._end(self._alive(), deadline)
+
+    def _end(self, processes: list[_Process], deadline: float) -> None:
+        began = self._clock()
         for process in processes:
             send(process.popen.pid, signal.SIGTERM)
-        self._wait(processes, self._grace)
+        self._wait(processes, deadline)
         for process in processes:
             if process.popen.poll() is None:
-                self._tell(f"{process.role.name} did not end within {self._grace:.0f} s and is killed")
+                self._tell(f"{process.role.name} did not end within {self._clock() - began:.0f} s and is killed")
                 self._sweep(process)
 
-    def _wait(self, processes: list[_Process], seconds: float) -> None:
-        deadline, signals = time.monotonic() + seconds, self._signals
-        while any(p.popen.poll() is None for p in processes) and time.monotonic() < deadline:
+    def _wait(self, processes: list[_Process], deadline: float) -> None:
+        signals = self._signals
+        while any(p.popen.poll() is None for p in processes) and self._clock() < deadline:
             if self._signals > max(signals, 1):
                 return  # told a second time: do not wait
             time.sleep(0.05)
@@ -229,13 +260,15 @@ class Supervisor:
 
     def _spawn(self, process: _Process) -> None:
         role = process.role
+        if role.announces:
+            process.before, process.announced = endpoint_mark(self._workdir, role.name), False
         with open(self._logs / f"{role.name}.log", "ab") as log:
             prepare = (sys.executable, "-S", child.__file__, str(os.getpid()), str(role.nice))
             process.popen = subprocess.Popen(
                 (*prepare, *role.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=role.env, process_group=0,
             )  # fmt: skip
-        process.started, process.silent, process.left_at = time.monotonic(), 0.0, None
+        process.started, process.silent, process.left_at = self._clock(), 0.0, None
         self._note(f"+{process.popen.pid}")
 
     def _note(self, line: str) -> None:

@@ -63,7 +63,8 @@ _AT_LEAST = {
 _ABOVE_0 = (
     "controller.heartbeat_seconds", "controller.heartbeat_limit", "controller.progress_limit", "rollout.top_p",
     "rollout.weights_timeout", "rewards.timeout", "trainer.learning_rate", "trainer.batch_timeout",
-    "trainer.epsilon", "launch.stop_grace", "metrics.refresh_seconds",
+    "trainer.epsilon", "launch.stop_grace", "launch.announce_limit",
+    "controller.disk_limit", "metrics.refresh_seconds",
 )  # fmt: skip
 
 

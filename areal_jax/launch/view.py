@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from areal_jax.launch.snapshot import Snapshot, snapshot, sparkline
-from areal_jax.metrics.writers import read_metrics
+from areal_jax.launch.snapshot import NAMES, Snapshot, snapshot, sparkline
+from areal_jax.metrics.writers import MetricsReader
 
 QUIET_SECONDS = 15.0  # the line view says what is going on at least so often
 
@@ -52,7 +52,9 @@ class LineView(NoView):
         super().__init__(config, workdir)
         self._status = StatusPoller(workdir, config["metrics"]["refresh_seconds"])
         self._started = self._spoken = time.monotonic()
-        self._shown = {line for row in read_metrics(workdir) for line in _kinds(row)}  # by an earlier start
+        self._metrics, self._disk = MetricsReader(workdir, NAMES), ""
+        self._metrics.read()
+        self._shown = {line for row in self._metrics.rows for line in _kinds(row)}  # by an earlier start
 
     def __enter__(self) -> LineView:
         self._status.start()
@@ -64,24 +66,35 @@ class LineView(NoView):
         self._status.stop()
 
     def tick(self) -> None:
-        rows, now = read_metrics(self._workdir), time.monotonic()
+        now, changed = time.monotonic(), self._metrics.read()
+        rows = self._metrics.rows if changed else []
         for count, row in enumerate(rows, 1):
-            for kind in _kinds(row):
-                if kind in self._shown:
-                    continue
-                if kind[0] == "held-out":
-                    text = f"held-out accuracy {row['eval/accuracy']:.1%} with version {row['step']}"
-                else:
-                    text = step_line(snapshot(rows[:count], self._status.data, self._config))
-                    if row.get("warning"):
-                        text += f"\n          warning: {row['warning']}"
-                print(f"{now - self._started:6.0f} s  {text}", flush=True)
-                self._shown.add(kind)
-                self._spoken = now
+            if row["step"] in changed:
+                self._show(rows[:count], now)
+        if (disk := self._status.data.get("disk", "")) != self._disk:
+            self._disk = disk
+            self._say(f"warning: {disk}; trying again" if disk else "the disk takes writes again", now)
         if now - self._spoken >= QUIET_SECONDS:
-            state = snapshot(rows, self._status.data, self._config)
-            print(f"{now - self._started:6.0f} s  {activity(state)}", flush=True)
-            self._spoken = now
+            self._say(activity(snapshot(self._metrics.rows, self._status.data, self._config)), now)
+
+    def _show(self, rows: list[dict[str, Any]], now: float) -> None:
+        """What the last of `rows` has to say that was not said yet."""
+        row = rows[-1]
+        for kind in _kinds(row):
+            if kind in self._shown:
+                continue
+            self._shown.add(kind)
+            if kind[0] == "held-out":
+                text = f"held-out accuracy {row['eval/accuracy']:.1%} with version {row['step']}"
+            else:
+                text = step_line(snapshot(rows, self._status.data, self._config))
+                if row.get("warning"):
+                    text += f"\n          warning: {row['warning']}"
+            self._say(text, now)
+
+    def _say(self, text: str, now: float) -> None:
+        print(f"{now - self._started:6.0f} s  {text}", flush=True)
+        self._spoken = now
 
 
 def _kinds(row: Mapping[str, Any]) -> list[tuple[str, int]]:
@@ -131,6 +144,7 @@ class FullView(NoView):
         self._live = Live(console=Console(), auto_refresh=False, transient=False)
         self._events: deque[str] = deque(maxlen=5)
         self._started, self._drawn = time.monotonic(), float("-inf")
+        self._metrics = MetricsReader(workdir, NAMES)
 
     def __enter__(self) -> FullView:
         self._status.start()
@@ -151,7 +165,8 @@ class FullView(NoView):
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
-        state = snapshot(read_metrics(self._workdir), self._status.data, self._config)
+        self._metrics.read()
+        state = snapshot(self._metrics.rows, self._status.data, self._config)
         title = f"{self._config['name']}  ·  {self._workdir}"
         self._live.update(screen(state, title, self._drawn - self._started, list(self._events)), refresh=True)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+
+from areal_jax.metrics.lines import Lines
 
 
 class Clock:
@@ -26,7 +26,7 @@ class Clock:
         trace: str | os.PathLike | None = None,
     ):
         self._time = time_source
-        self._trace = _open_trace(trace) if trace else None
+        self._trace = Lines(trace) if trace else None
         self._lock = threading.Lock()
         self._born = self._since = self._traced_since = time_source()
         self._epoch = time.time() - self._born
@@ -45,7 +45,7 @@ class Clock:
             self._totals[previous] = self._totals.get(previous, 0.0) + now - self._since
             if self._trace and name != previous:
                 span = {"phase": previous, "start": self._epoch + self._traced_since, "end": self._epoch + now}
-                self._trace.write(json.dumps(span) + "\n")
+                self._trace.add(span)  # or not: no process ends for its timeline
                 self._traced_since = now
             self._phase, self._since = name, now
             return previous
@@ -69,11 +69,6 @@ class Clock:
     def age(self) -> float:
         """Seconds since construction."""
         return self._time() - self._born
-
-
-def _open_trace(path: str | os.PathLike) -> TextIO:
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    return open(path, "a", buffering=1, encoding="utf-8")
 
 
 def trace_path(workdir: str | os.PathLike, name: str) -> str:

@@ -10,9 +10,11 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TextIO
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from areal_jax.metrics.lines import Lines
 
 
 class TrainedGroup(NamedTuple):
@@ -40,18 +42,17 @@ class TrainedWriter:
     """Appends to the file in `workdir`; every line is on its way to the disk when `write` returns."""
 
     def __init__(self, workdir: str | os.PathLike):
-        self._file = _append_to(Path(workdir) / "trained.jsonl")
+        self._lines = Lines(Path(workdir) / "trained.jsonl")
 
     def write(self, version: int, groups: Sequence[Group]) -> None:
-        """The step from `version` to `version + 1` was made with these groups."""
+        """The step from `version` to `version + 1` was made with these groups. Raises `OSError`: nothing is written."""
         rows = [
             TrainedGroup(g.epoch, g.record_index, g.group, len(g.samples), g.oldest_version, _digest(g)) for g in groups
         ]
-        self._file.write(json.dumps({"version": version, "groups": rows}) + "\n")
-        self._file.flush()
+        self._lines.append({"version": version, "groups": rows})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
     def __enter__(self) -> TrainedWriter:
         return self
@@ -87,10 +88,3 @@ def _digest(group: Group) -> int:
         for array in (trajectory.tokens, trajectory.logprobs, trajectory.versions, np.float64(trajectory.reward)):
             digest = zlib.crc32(array.tobytes(), digest)
     return digest
-
-
-def _append_to(path: Path) -> TextIO:
-    """Opens the file for more lines; half a line at its end, of a writer that was killed, is cut off first."""
-    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
-    return open(path, "a", encoding="utf-8")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import numbers
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from areal_jax.metrics.lines import Lines
 
 
 class MetricsWriter:
@@ -16,39 +19,37 @@ class MetricsWriter:
 
     A resumed run appends to what is there. Scalars go everywhere; strings, lists (histograms) and dicts to the JSON
     lines only. A number that is not finite is written as a string ("nan", "inf"), so that every line stays valid JSON.
+    What a full disk does not take is written later (TensorBoard's is lost): no run ends for its metrics.
     """
 
     def __init__(
         self, workdir: str | os.PathLike, tensorboard: bool = True, wandb: bool = False, *, name: str = "", config=None
     ):
-        os.makedirs(workdir, exist_ok=True)
-        self._file = open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
-        if _cut_off(self._file.name):  # by a kill, or a full disk
-            self._file.write("\n")
-        self._tensorboard = self._wandb = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(os.path.join(workdir, "tensorboard"), flush_secs=10)
+        self._lines = Lines(os.path.join(workdir, "metrics.jsonl"))
+        self._tensorboard = EventFiles(os.path.join(workdir, "tensorboard")) if tensorboard else None
+        self._wandb = None
         if wandb:
             import wandb as wandb_module
 
             self._wandb = wandb_module.init(project="areal_jax", name=name or None, dir=workdir, config=config)
 
+    @property
+    def problem(self) -> str:
+        """What cannot be written just now; "" while all is well."""
+        return self._lines.problem
+
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record `metrics` of `step`: numbers, numpy or jax scalars and arrays, strings, lists, dicts."""
         values = {name: plain(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": int(step), **{k: _finite(v) for k, v in values.items()}}) + "\n")
-        self._file.flush()
+        self._lines.add({"step": int(step), **{k: _finite(v) for k, v in values.items()}})
         scalars = {k: v for k, v in values.items() if isinstance(v, numbers.Real)}
         if self._tensorboard is not None:
-            for key, value in scalars.items():
-                self._tensorboard.add_scalar(key, value, int(step))
+            self._tensorboard.add(int(step), scalars)
         if self._wandb is not None:
             self._wandb.log(scalars, step=int(step))
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -61,27 +62,89 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of `workdir/metrics.jsonl` by step, one dict each: a step may have several (training, evaluation).
+class EventFiles:
+    """TensorBoard's event files in `folder`, written at once and by no thread; another file follows one that failed."""
 
-    Of a number that was written again after a resume, the newest counts. An unfinished line (the writer is at work, or
-    was killed) is left out; a missing file is an empty run.
+    def __init__(self, folder: str):
+        self._folder, self._files, self._file = folder, 0, None
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One event with all of a step's scalars; lost where the disk takes nothing."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
+        try:
+            self._open().write_event(Event(summary=Summary(value=values), wall_time=time.time(), step=step))
+            self._file.flush()
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def _open(self):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        if self._file is None:
+            self._files += 1
+            os.makedirs(self._folder, exist_ok=True)
+            prefix = os.path.join(self._folder, "events")
+            self._file = EventsWriter(prefix, f".{os.getpid()}.{self._files}")
+        return self._file
+
+
+class MetricsReader:
+    """Reads `workdir/metrics.jsonl` as it grows; `rows` is one dict per step, by step, of what was read so far.
+
+    A step may have several lines (training, evaluation). Of a number that was written again after a resume, the newest
+    counts. An unfinished line (the writer is at work, or was killed) is left for later; a missing file is an empty run.
+
+    Args:
+      keep: names that are kept of every line beside "step"; None: all.
     """
-    path, rows = os.path.join(workdir, "metrics.jsonl"), {}
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            with suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                rows[row["step"]] = rows.get(row["step"], {}) | row
-    return [rows[step] for step in sorted(rows)]
+
+    def __init__(self, workdir: str | os.PathLike, keep: Iterable[str] | None = None):
+        self._path, self._keep = os.path.join(workdir, "metrics.jsonl"), None if keep is None else {"step", *keep}
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._offset = 0
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [self._rows[step] for step in sorted(self._rows)]
+
+    def read(self) -> list[int]:
+        """Read what was appended since the last time; the steps that it is about, in the file's order."""
+        if not os.path.exists(self._path):
+            return []
+        changed: dict[int, None] = {}
+        with open(self._path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self._offset:  # another file: begin again
+                self._rows, self._offset = {}, 0
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                with contextlib.suppress(ValueError):
+                    self._take(row := json.loads(line))
+                    changed[row["step"]] = None
+        return list(changed)
+
+    def _take(self, row: dict[str, Any]) -> None:
+        step = row["step"]
+        kept = row if self._keep is None else {name: row[name] for name in self._keep & row.keys()}
+        self._rows[step] = self._rows.get(step, {}) | kept
 
 
-def _cut_off(path: str) -> bool:
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        return size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of `workdir/metrics.jsonl` by step, one dict each, as `MetricsReader` reads them."""
+    reader = MetricsReader(workdir)
+    reader.read()
+    return reader.rows
 
 
 def plain(value: Any) -> Any:

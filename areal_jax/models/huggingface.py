@@ -4,6 +4,7 @@ Everything walks the family's weight table (`tables.py`), one of our parameters 
 memory beside what lives on the devices: some layers of one parameter when loading, all of them when exporting.
 """
 
+import errno
 import glob
 import json
 import math
@@ -299,6 +300,7 @@ def export_hf(
 
     Raises:
       ModelError: `path` exists and `overwrite` is off, or `source` describes another architecture.
+      OSError: the disk does not take it; what was there before still is.
     """
     path, dtype = os.path.abspath(os.fspath(path)), jnp.dtype(dtype)
     if os.path.exists(path) and not overwrite:
@@ -362,7 +364,11 @@ def _write_shards(model: Model, params: Params, dtype: np.dtype, max_bytes: int,
 
     def flush(i):
         if held:
-            save_file(held, os.path.join(folder, file_of(i)), metadata={"format": "pt"})
+            path = os.path.join(folder, file_of(i))
+            try:
+                save_file(held, path, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, in its words
+                raise OSError(errno.EIO, str(error), path) from None
             held.clear()
 
     current = 0

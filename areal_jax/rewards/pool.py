@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from areal_jax.rewards.folders import sweep_folders
 from areal_jax.rewards.outcome import FAILURE_KINDS, Failure, Outcome, Score, VerifierError
-from areal_jax.rewards.process import WorkerProcess, sweep_folders
+from areal_jax.rewards.process import WorkerProcess
 
 
 class VerifierPool:

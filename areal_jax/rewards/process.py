@@ -4,10 +4,8 @@ Blocking, one call at a time; `pool.VerifierPool` runs many of these in threads.
 """
 
 import contextlib
-import fcntl
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +13,16 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from areal_jax.rewards.folders import make_folder, remove_folder
 from areal_jax.rewards.outcome import Failure, Outcome, VerifierError
 from areal_jax.rewards.worker import INSIDE_WORKER, LENGTH, Call, Reply
 
 # Linux kills a worker when the *thread* that started it ends; so all workers are started by one thread that never does.
 _starter = ThreadPoolExecutor(1, thread_name_prefix="verifier-starter")
-_PREFIX, _MARKER = "areal-jax-verifier-", ".areal-jax-verifier"  # of temporary folders; a file in each of them
 _encode = msgspec.msgpack.Encoder(enc_hook=lambda value: value.tolist()).encode  # numpy arrays and scalars
 _decode = msgspec.msgpack.Decoder(Reply).decode
 
@@ -36,37 +33,6 @@ class WorkerDied(VerifierError):
 
 class WorkerOverran(VerifierError):
     """The worker did not answer in time."""
-
-
-def make_folder() -> tuple[str, int]:
-    """A temporary folder for one verifier process, and the descriptor that holds it against `sweep_folders`."""
-    folder = tempfile.mkdtemp(prefix=_PREFIX)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    Path(folder, _MARKER).touch()  # not before it is locked: without the marker it is not swept
-    return folder, descriptor
-
-
-def sweep_folders() -> None:
-    """Removes the folders of verifier processes whose service was killed: nobody holds them any more."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                if os.fstat(descriptor).st_uid == os.getuid():
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.stat(_MARKER, dir_fd=descriptor, follow_symlinks=False)  # else it is not one of ours
-                    remove_folder(str(path))
-            finally:
-                os.close(descriptor)
-
-
-def remove_folder(path: str) -> None:
-    """Removes a folder that a verifier or a program under test has filled, however deep."""
-    try:
-        shutil.rmtree(path, ignore_errors=True)
-    except RecursionError:
-        subprocess.run(["rm", "-rf", "--", path], check=False)
 
 
 def worker_environment(folder: str) -> dict[str, str]:

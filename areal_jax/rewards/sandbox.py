@@ -17,14 +17,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from areal_jax.rewards import confine
+from areal_jax.rewards.folders import make_folder, remove_folder
 from areal_jax.rewards.outcome import VerifierError
-from areal_jax.rewards.process import remove_folder
 
 ISOLATIONS = ("bwrap", "landlock", "limits")
 _BOOT = """
@@ -91,7 +90,11 @@ class Child:
         pass_fds: tuple[int, ...] = (),
     ):
         self.limits, self.isolation = limits, isolation
-        self.scratch = "" if isolation == "bwrap" else tempfile.mkdtemp(prefix="sandbox-")
+        self.scratch, self._folder, self._held = "", "", -1
+        if isolation != "bwrap":  # below a folder that the program cannot reach: what marks it is safe there
+            self._folder, self._held = make_folder("sandbox")
+            self.scratch = os.path.join(self._folder, "scratch")
+            os.mkdir(self.scratch, 0o700)
         self.stopped_for = ""
         self.started = time.monotonic()
         self.received = {"stdout": bytearray(), "stderr": bytearray(), "ready": bytearray(), "frames": bytearray()}
@@ -212,8 +215,10 @@ class Child:
         return RunResult(reason, stdout, stderr, self.seconds, bytes(self.received["frames"]))
 
     def _remove_scratch(self) -> None:
-        if self.scratch:
-            remove_folder(self.scratch)
+        if self._folder:
+            remove_folder(self._folder)
+            os.close(self._held)
+            self._folder = ""
 
 
 def run_children(children: list[Child]) -> list[RunResult]:

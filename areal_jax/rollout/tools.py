@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from areal_jax.rewards.folders import sweep_folders
 from areal_jax.rewards.outcome import VerifierError
 from areal_jax.rewards.sandbox import Limits, RunResult, run_script
 from areal_jax.rollout.session import Session, Transcript, VerificationFailed
@@ -47,6 +48,7 @@ class ToolUse:
         self.open, self.close, self.output = open, close, output
         self.max_calls, self.max_output_tokens = max_calls, max_output_tokens
         self.limits = Limits(cpu_seconds=timeout, wall_seconds=4.0 * timeout)
+        sweep_folders()  # of a worker that was killed while a program ran
         self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, "tool")
 
     async def run(self, session: Session, record: dict[str, Any]) -> list[Trajectory]:

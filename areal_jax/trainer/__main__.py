@@ -6,6 +6,7 @@ end of the output says what it was.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from areal_jax.config import ConfigError, load, section
     from areal_jax.controller.config import ControllerConfig
+    from areal_jax.disk import DiskFull, release
     from areal_jax.metrics.config import MetricsConfig
     from areal_jax.rollout.config import RolloutConfig
     from areal_jax.trainer import distributed
@@ -64,8 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
             finished = Training(settings, options.workdir, options.process, lambda: bool(stop)).run()
         except ObjectiveError as error:
             raise ConfigError(str(error)) from error
-        except (TrainingStopped, WaitedTooLong, TransportError, StalenessError, CheckpointError, ModelError) as error:
-            print(f"areal_jax.trainer: {type(error).__name__}: {error}", file=sys.stderr)
+        except (
+            TrainingStopped, WaitedTooLong, TransportError, StalenessError, CheckpointError, ModelError, DiskFull,
+        ) as error:  # fmt: skip
+            if isinstance(error, DiskFull):
+                release(options.workdir)
+            with contextlib.suppress(OSError):  # of a disk that is full even so
+                print(f"areal_jax.trainer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             return 1 if isinstance(error, TransportError) else CANNOT_GO_ON  # who did not answer may next time
     except ConfigError as error:
         print(f"areal_jax.trainer: error: {error}", file=sys.stderr)

@@ -23,6 +23,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read, or belongs to another model; the message says which and why."""
 
 
+class CheckpointNotWritten(CheckpointError, OSError):
+    """The disk may take it later."""
+
+
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)  # a full disk is any of them, depending on who met it
 
 
@@ -61,8 +65,8 @@ class Checkpoints:
     def save(self, state: TrainState, controller: bytes, memory: dict[str, Any], *, wait: bool = False) -> bool:
         """Saves as of the state's version; returns when the arrays are copied, or with `wait` when all is on disk.
 
-        Returns False if that version is there already, or if saving it failed. Raises `CheckpointError` in that case
-        with `wait`, or with several processes; not for the save before, whose failure is only noted.
+        Returns False if that version is there already, or if saving it failed. Raises `CheckpointNotWritten`
+        in that case with `wait`, `CheckpointError` with several processes; not for the save before: only noted.
         """
         self.poll(wait=True)
         self._sweep()
@@ -161,10 +165,11 @@ class Checkpoints:
                 )
 
     def wait(self, known: int = 0) -> None:
-        """Until everything is on disk; raises `CheckpointError` for what is in `failed` beyond the first `known`."""
+        """Until everything is on disk; raises `CheckpointNotWritten` for what `failed` has beyond the first `known`."""
         self.poll(wait=True)
-        if self.failed[known:]:
-            raise CheckpointError("; ".join(self.failed[known:]))
+        if found := self.failed[known:]:
+            del self.failed[known:]
+            raise CheckpointNotWritten("; ".join(found))
 
     def close(self) -> None:
         """Finish and free."""

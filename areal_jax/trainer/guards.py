@@ -45,9 +45,11 @@ class Guard:
         if not problem:
             return ""
         if self.workdir is not None and self.written < self.keep:
-            path = save_postmortem(self.workdir, version, report, packed)
-            problem += f"; its batch is in {path}"
-            self.written += 1
+            try:
+                problem += f"; its batch is in {save_postmortem(self.workdir, version, report, packed)}"
+                self.written += 1
+            except OSError as error:
+                problem += f"; its batch could not be kept ({error})"
         if self.action == "stop":
             raise TrainingStopped(f"step to version {version}: {problem}")
         return problem

@@ -1,5 +1,6 @@
 """The trainer's line to the controller: requests with bounded waits, heartbeats, and weights published meanwhile."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from areal_jax.disk import RETRY_SECONDS
 from areal_jax.metrics.clock import Clock
 from areal_jax.transport import messages as m
-from areal_jax.transport.errors import RequestTimeout, TransportError
+from areal_jax.transport.errors import EndpointMissing, RequestTimeout, TransportError
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.transport.sockets import HeartbeatThread, SyncClient
 from areal_jax.weights import Publisher
@@ -29,10 +31,28 @@ def ask(client: SyncClient, workdir: str | os.PathLike, message: m.Message, limi
     """As `client.request`; but a controller that does not answer is reported, and the one in its place asked again."""
     try:
         return client.request(message, limit)
-    except RequestTimeout:
+    except (RequestTimeout, EndpointMissing):
         awaited = f"asked for {type(message).__name__}"
-        report_silence(workdir, client.server, Silence("", 0, limit, awaited, by=client.name))
+        with contextlib.suppress(OSError):  # a full disk
+            report_silence(workdir, client.server, Silence("", 0, limit, awaited, by=client.name))
         return client.request(message, limit)
+
+
+def settle(
+    client: SyncClient, workdir: str | os.PathLike, message: m.Message, limit: float, patience: float
+) -> m.AnyMessage:
+    """As `ask`, for what the controller must write down first: asked again for `patience` seconds while it cannot.
+
+    Raises:
+      WaitedTooLong: it still could not; the message says why.
+    """
+    started = time.monotonic()
+    while isinstance(reply := ask(client, workdir, message, limit), m.NotReady):
+        if time.monotonic() - started > patience:
+            what = type(message).__name__
+            raise WaitedTooLong(f"waited {patience:.0f} s with {what}; the controller waits for {reply.waiting_for}")
+        time.sleep(RETRY_SECONDS)
+    return reply
 
 
 class Link:
@@ -44,6 +64,7 @@ class Link:
       clock: where this process's time goes; sent with every heartbeat.
       heartbeat_seconds: how often.
       limit: seconds to wait for one reply; the controller answers within about a second, with NotReady if need be.
+      patience: seconds in which the controller may be without room on its disk.
       told_to_stop: asked while waiting; waiting ends with `Stopped` once it says so.
       agree: (this process has what it waits for, it is told to stop) -> (all have, one is); for several processes.
     """
@@ -56,16 +77,19 @@ class Link:
         *,
         heartbeat_seconds: float = 1.0,
         limit: float = 120.0,
+        patience: float = 1200.0,
         told_to_stop: Callable[[], bool] = lambda: False,
         agree: Callable[[bool, bool], tuple[bool, bool]] = lambda ready, stop: (ready, stop),
     ):
         self.name, self.process, self.clock = f"trainer-{process}", process, clock
         self.counters: dict[str, float] = {}
         self.gauges: dict[str, float] = {}
-        self._told_to_stop, self._agree, self._limit = told_to_stop, agree, limit
+        self._told_to_stop, self._agree, self._limit, self._patience = told_to_stop, agree, limit, patience
         self._workdir = Path(workdir)
         self._client = SyncClient(self.name, workdir, hello=self._hello)
-        self._heart = HeartbeatThread(self.name, workdir, self._hello, self._beat, heartbeat_seconds, timeout=limit)
+        # Twice: a controller that is nowhere is reported after `limit`, and another one must be there after as long.
+        timeout = 2 * limit
+        self._heart = HeartbeatThread(self.name, workdir, self._hello, self._beat, heartbeat_seconds, timeout=timeout)
 
     def _hello(self) -> m.Hello:
         return m.Hello(role="trainer", name=self.name, host=socket.gethostname(), pid=os.getpid())
@@ -83,6 +107,11 @@ class Link:
         """One request, one reply; errors as of `SyncClient.request`, after the second time that nothing came."""
         self._heart.check()
         return ask(self._client, self._workdir, message, self._limit)
+
+    def settle(self, message: m.Message) -> m.AnyMessage:
+        """As `request`, for what the controller must write down before it answers."""
+        self._heart.check()
+        return settle(self._client, self._workdir, message, self._limit, self._patience)
 
     def wait(self, message: m.Message, limit: float, what: str) -> m.AnyMessage:
         """Repeats a request until the answer is not NotReady, in phase "waiting:<what>".
@@ -134,9 +163,10 @@ class BackgroundPublisher:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike, *, transport: str, address: str = "tcp://127.0.0.1:*", limit: float = 120.0
-    ):
-        self._limit = limit
+        self, workdir: str | os.PathLike, *, transport: str, address: str = "tcp://127.0.0.1:*", limit: float = 120.0,
+        patience: float = 1200.0,
+    ):  # fmt: skip
+        self._limit, self._patience = limit, patience
         self.publisher = Publisher(workdir, transport=transport, address=address)
         self.manifest: m.Manifest | None = None
         self.timings: dict[str, float] = {}
@@ -168,7 +198,7 @@ class BackgroundPublisher:
             self.manifest = self.publisher.publish(version, named_tensors, published_at=at, measured=measured)
             if self._client is None:
                 self._client = SyncClient("trainer-publisher", self._workdir)
-            ask(self._client, self._workdir, m.Publish(manifest=self.manifest), self._limit)
+            settle(self._client, self._workdir, m.Publish(manifest=self.manifest), self._limit, self._patience)
             self.timings = {f"weights/{name}": value for name, value in self.publisher.timings.items()}
             self.timings["time/publish"] = time.perf_counter() - started
         except BaseException as error:  # raised where the trainer waits for this thread

@@ -17,6 +17,7 @@ import jax
 
 from areal_jax import models
 from areal_jax.controller.config import ControllerConfig
+from areal_jax.disk import insist
 from areal_jax.metrics.clock import Clock, idle_fraction, trace_path
 from areal_jax.metrics.config import MetricsConfig
 from areal_jax.metrics.trained import TrainedWriter
@@ -93,6 +94,7 @@ class Training:
                     self.clock,
                     heartbeat_seconds=self.settings.controller.heartbeat_seconds,
                     limit=self.reply_limit,
+                    patience=2 * self.settings.controller.disk_limit,
                     told_to_stop=self._told_to_stop,
                     agree=distributed.agree,
                 )
@@ -158,6 +160,7 @@ class Training:
         if self.first:
             address = s.controller.address
             options = {"transport": c.weights_transport, "address": address, "limit": self.reply_limit}
+            options["patience"] = 2 * s.controller.disk_limit
             self.publisher = BackgroundPublisher(self.workdir, **options)
             self.held.callback(self.publisher.close)
             metrics = (s.metrics.tensorboard, s.metrics.wandb)
@@ -168,7 +171,7 @@ class Training:
         """Publishes the first weights, has them evaluated, and meanwhile compiles the training step."""
         version = self.learner.version
         if self.first and self.restored is not None:
-            self.link.request(m.SetState(version=version, data=self.restored.controller))
+            self.link.settle(m.SetState(version=version, data=self.restored.controller))
         self.restored = None
         self.publish(wait=True)
         evaluate = self.settings.evaluates and "accuracy_before" not in self.memory
@@ -197,7 +200,7 @@ class Training:
         self.flush_report()  # of the step before, while this one is computed
         jax.block_until_ready(self.learner.state.version)
         if self.trained is not None:
-            self.trained.write(message.version, message.groups)
+            self.insist(lambda: self.trained.write(message.version, message.groups))
         self.publish()
         seconds = time.perf_counter() - started
         self.memory["trained_tokens"] += batch.report.get("batch/trained_tokens", 0)
@@ -218,16 +221,9 @@ class Training:
         version = self.learner.version
         if self.settings.evaluates:
             self.memory["accuracy_after"] = self.evaluate(version)
-        self.save(wait=True)
+        self.insist(lambda: self.save(wait=True))
         with self.clock.phase("exporting"):
-            models.export_hf(
-                self.learner.model,
-                self.learner.state.params,
-                self.workdir / "export",
-                source=self.settings.model,
-                dtype=self.settings.trainer.publish_dtype,
-                overwrite=True,
-            )
+            self.insist(self.export)
         if not self.first:
             return
         final = self.link.request(m.Finish())
@@ -247,7 +243,7 @@ class Training:
             "skipped_updates": self.guard.skipped,
             "checkpoints_failed": self.saves_failed,
         }
-        _write_json(self.workdir / "summary.json", summary)
+        self.insist(lambda: _write_json(self.workdir / "summary.json", summary))
 
     # -- its parts -------------------------------------------------------------------------------------------------
 
@@ -288,6 +284,8 @@ class Training:
             log.warning("version %d: %s", pending.version, warning)
         elif self.save_problem:
             report["warning"], self.save_problem = self.save_problem, ""
+        elif self.first and self.writer.problem:
+            report["warning"] = self.writer.problem
         if self.publisher is not None:
             report |= self.publisher.timings
         try:
@@ -297,6 +295,29 @@ class Training:
         finally:
             if self.first:
                 self.writer.write(pending.version, report)
+
+    def insist(self, write: Callable[[], Any]) -> None:
+        """Writes what the run cannot do without: a full disk is waited for, while nothing is trained on.
+
+        Raises:
+          DiskFull: after `controller.disk_limit` seconds.
+          OSError: with several processes at once, as the others cannot wait along.
+        """
+        if jax.process_count() > 1:
+            write()
+            return
+
+        def pause(seconds: float) -> None:
+            with self.clock.phase("waiting:disk"):
+                time.sleep(seconds)
+
+        insist(write, self.settings.controller.disk_limit, stop=self._told_to_stop, sleep=pause)
+
+    def export(self) -> None:
+        """The Hugging Face checkpoint of the present weights."""
+        learner, dtype = self.learner, self.settings.trainer.publish_dtype
+        folder, source = self.workdir / "export", self.settings.model
+        models.export_hf(learner.model, learner.state.params, folder, source=source, dtype=dtype, overwrite=True)
 
     def _times(self, seconds: float, tokens: int) -> dict[str, float]:
         """Where the time since the end of the last step went; `seconds` is this step's own."""

@@ -41,6 +41,15 @@ def read_endpoint(workdir: str | Path, name: str) -> str | None:
         return None
 
 
+def endpoint_mark(workdir: str | Path, name: str) -> object:
+    """Changes with every announcement of server `name`, though the address be the same; None without one."""
+    try:
+        found = (Path(workdir) / "endpoints" / name).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def missing(workdir: str | Path, name: str, waited: float) -> EndpointMissing:
     return EndpointMissing(
         f"waited {waited:.1f} s for {name} to announce its address in {Path(workdir) / 'endpoints' / name}; "

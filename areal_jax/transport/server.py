@@ -81,10 +81,10 @@ class Server:
             if keys is not None:
                 self._authenticate(keys)
             self.endpoint = reachable(self._bind(address, read_endpoint(workdir, name)))
+            write_endpoint(workdir, name, self.endpoint)
         except BaseException:
             self._free(0)
             raise
-        write_endpoint(workdir, name, self.endpoint)
 
     def _authenticate(self, keys: Keys) -> None:
         if keys.server_secret is None:

@@ -15,6 +15,25 @@ from areal_jax.transport.messages import AnyMessage, Message, Refused
 from areal_jax.transport.options import HELLO_FIRST, identity, need_keys, set_up, set_up_client
 
 
+class Patience:
+    """A wait of `seconds`, of which only the time counts in which this process did run. Ask at least once a second.
+
+    A process that was stopped (SIGSTOP, a suspended machine) has not waited for anybody: nobody is late.
+    """
+
+    STEP = 2.0  # seconds between two questions that a busy machine may need
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self.left, self._clock, self._asked = seconds, clock, clock()
+
+    def over(self) -> bool:
+        """Whether the wait is over."""
+        now = self._clock()
+        self.left -= min(now - self._asked, self.STEP)
+        self._asked = now
+        return self.left <= 0
+
+
 class SyncClient:
     """A blocking DEALER socket for request and reply, one request at a time. Not for use by several threads.
 
@@ -31,24 +50,25 @@ class SyncClient:
         hello: Callable[[], Message] | None = None,
         max_bytes: int = wire.MAX_BYTES,
         resend: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.name, self.server, self.max_bytes, self.resend = name, server, max_bytes, resend
         self.guard = wire.Guard(max_bytes=max_bytes, mute_after=wire.NEVER)  # there is but one server
         self.late = 0  # replies that came after their request had been given up
-        self._workdir, self._hello = Path(workdir), hello
+        self._workdir, self._hello, self._clock = Path(workdir), hello, clock
         self._identity, self._session = identity(name)
         self._sequence, self._requests, self._endpoint = 0, 0, ""
         self._context: zmq.Context | None = None
         self._socket: zmq.Socket | None = None
 
-    def _connect(self, deadline: float) -> None:
+    def _connect(self, patience: Patience) -> None:
         """Connect, or follow a server that has moved."""
         endpoint = read_endpoint(self._workdir, self.server)
         if endpoint is None and self._socket is None:
-            started = time.monotonic()
+            left = patience.left
             while (endpoint := read_endpoint(self._workdir, self.server)) is None:
-                if time.monotonic() >= deadline:
-                    raise missing(self._workdir, self.server, time.monotonic() - started)
+                if patience.over():
+                    raise missing(self._workdir, self.server, left - patience.left)
                 time.sleep(0.02)
         if endpoint is None or endpoint == self._endpoint:
             return
@@ -75,7 +95,7 @@ class SyncClient:
 
     def send(self, message: Message, timeout: float = 60.0) -> bool:
         """Send what has no reply; False when the queue is full. `timeout` bounds the wait for the server's file."""
-        self._connect(time.monotonic() + timeout)
+        self._connect(Patience(timeout, self._clock))
         return self._send(message, 0)
 
     def poll(self) -> list[AnyMessage]:
@@ -92,21 +112,20 @@ class SyncClient:
         return messages
 
     def request(self, message: Message, timeout: float) -> AnyMessage:
-        """Send a request and wait at most `timeout` seconds for its reply.
+        """Send a request and wait at most `timeout` seconds for its reply, in which this process runs.
 
         Raises `RequestTimeout` (or `EndpointMissing`), `RequestRefused` with the server's reason, `MessageTooLarge`.
         """
-        started = time.monotonic()
-        deadline = started + timeout
+        patience = Patience(timeout, self._clock)
         self._requests += 1
-        resend_at, pause, tries = started, self.resend, 0
-        while (now := time.monotonic()) < deadline:
+        resend_at, pause, tries = self._clock(), self.resend, 0
+        while not patience.over():
             old = self._socket
-            self._connect(deadline)
-            if self._socket is not old or now >= resend_at:
+            self._connect(patience)
+            if self._socket is not old or self._clock() >= resend_at:
                 tries += self._send(message, self._requests)
-                resend_at, pause = time.monotonic() + pause, min(pause * 2, 60.0)
-            wait = min(deadline, resend_at, time.monotonic() + 0.5) - time.monotonic()
+                resend_at, pause = self._clock() + pause, min(pause * 2, 60.0)
+            wait = min(patience.left, resend_at - self._clock(), 0.5)
             if not self._socket.poll(max(0, int(wait * 1000) + 1), zmq.POLLIN):
                 continue
             opened = self.guard.open(self.server.encode(), self._socket.recv_multipart())
@@ -115,7 +134,7 @@ class SyncClient:
             reply, request = opened
             if isinstance(reply, Refused) and reply.reason == HELLO_FIRST and self._hello is not None:
                 self._send(self._hello(), 0)
-                resend_at = time.monotonic() + 0.05
+                resend_at = self._clock() + 0.05
             elif request != self._requests:
                 self.late += 1
             elif isinstance(reply, Refused):

@@ -1,16 +1,20 @@
-"""The judge of the fault injection can say no: each kind of wrong outcome is found, in a run's folder made by hand."""
+"""The judge of the soak and the fault injection can say no: each kind of wrong outcome is found.
 
+The run's folder is made by hand. What a ledger can hold against a run is in tests/integration/test_soak.py.
+"""
+
+import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from areal_jax.metrics.trained import TrainedGroup
-from areal_jax.weights import store
-from tools.faults import harness, launcher
+from tools import judge
+from tools.faults import launcher
 from tools.faults.harness import Fault, Run
 
 PROMPTS, SIZE, GROUP = launcher.PROMPTS, launcher.TINY["controller.batch_size"], launcher.GROUP
@@ -43,28 +47,17 @@ def write(folder, steps, summary):
     return folder
 
 
+def problems(workdir):
+    data = {"epochs": launcher.EPOCHS, "prompts": PROMPTS, "quarantined": 0}
+    return judge.summary_problems(workdir, bound=launcher.BOUND) + judge.data_problems(workdir, **data)
+
+
 def test_a_right_outcome_has_no_problems(tmp_path):
-    assert list(harness.accounts(write(tmp_path / "run", *right()), quarantined=0)) == []
-
-
-def twice(steps, summary):
-    steps[3][0] = steps[2][0]._replace(group=99)
+    assert problems(write(tmp_path / "run", *right())) == []
 
 
 def lost(steps, summary):
     del steps[3][0]
-
-
-def group_twice(steps, summary):
-    steps[3][0] = steps[3][0]._replace(group=steps[2][0].group)
-
-
-def short(steps, summary):
-    steps[1][1] = steps[1][1]._replace(samples=GROUP - 1)
-
-
-def old(steps, summary):
-    steps[4][0] = steps[4][0]._replace(oldest=4 - launcher.BOUND - 1)
 
 
 def gap(steps, summary):
@@ -83,18 +76,21 @@ def epoch_open(steps, summary):
     summary["epochs"] = []
 
 
+def put_away(steps, summary):
+    summary["quarantined"] = 1
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (twice, "trained on more than once"), (lost, "never trained on"), (group_twice, "groups trained on more than"),
-        (short, "without all their samples"), (old, "beyond the bound"), (gap, "not one after another"),
-        (counted_less, "summary.json has"), (counted_old, "staleness of"), (epoch_open, "the ledger closed"),
+        (lost, "never trained on"), (gap, "not one after another"), (counted_less, "summary.json has"),
+        (counted_old, "staleness of"), (epoch_open, "the ledger closed"), (put_away, "put away: 1"),
     ],
 )  # fmt: skip
 def test_a_wrong_account_is_found(tmp_path, spoil, said):
     steps, summary = right()
     spoil(steps, summary)
-    assert any(said in problem for problem in harness.accounts(write(tmp_path / "run", steps, summary), quarantined=0))
+    assert any(said in problem for problem in problems(write(tmp_path / "run", steps, summary)))
 
 
 def test_a_secret_in_a_log_and_an_open_folder_are_found(tmp_path):
@@ -102,29 +98,122 @@ def test_a_secret_in_a_log_and_an_open_folder_are_found(tmp_path):
     for folder, name, text in (("keys", "client.secret", "s3cr3t"), ("logs", "trainer-0.log", "key s3cr3t!")):
         (workdir / folder).mkdir()
         (workdir / folder / name).write_text(text)
-    assert ["trainer-0.log" in problem for problem in harness.secrets(workdir)] == [True]
+    assert ["trainer-0.log" in problem for problem in judge.secrets(workdir)] == [True]
     workdir.chmod(0o755)
-    assert any("open to others" in problem for problem in harness.secrets(workdir))
+    assert any("open to others" in problem for problem in judge.secrets(workdir))
 
 
-def test_what_is_left_behind_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "GONE", 0.0)
+@pytest.fixture
+def watched(tmp_path):
     run = Run(Fault(role="trainer", action="kill"), tmp_path / "x", seed=0)
     write(run.workdir, *right())
-    assert list(harness.left_behind(run)) == []
+    (run.workdir / "launch.lock").touch()
+    return run
+
+
+def left(run):
+    return " ".join(run.left_behind(0.0, finished=True))
+
+
+def test_a_run_that_has_left_nothing_is_right(watched):
+    assert left(watched) == ""
+
+
+def test_a_process_that_is_left_is_found(watched):
     program = "import signal; print('up', flush=True); signal.pause()"
-    stray = subprocess.Popen([sys.executable, "-c", program], env=run.environment(), stdout=subprocess.PIPE)
+    stray = subprocess.Popen([sys.executable, "-c", program], env=watched.environment(), stdout=subprocess.PIPE)
+    watched.launcher = stray
     stray.stdout.readline()
-    memory = store.make_private(store.run_folder(run.workdir))
+    assert "signal.pause()" in left(watched)
+    stray.kill()
+    stray.communicate()
+    assert left(watched) == ""
+
+
+def test_the_lock_of_a_run_that_is_not_over_is_found(watched):
+    with open(watched.workdir / "launch.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "the lock of" in left(watched)
+    assert left(watched) == ""
+
+
+@pytest.mark.parametrize("name", ["sem.test", "areal_jax-test", "psm_test"])
+def test_whatever_is_new_in_shared_memory_and_nobodys_is_found(watched, name):
+    path = judge.SHARED_MEMORY / f"{name}-{os.getpid()}"
+    path.touch()
     try:
-        (memory / "v1").touch()
-        (run.temporary / "verifier-1").mkdir()
-        (run.workdir / "endpoints").mkdir()
-        (run.workdir / "endpoints" / "controller").touch()
-        found = " ".join(harness.left_behind(run))
-        assert all(what in found for what in ("signal.pause()", "'v1'", "verifier-1", "endpoints/controller"))
+        assert path.name in left(watched)
+        with open(path):
+            assert left(watched) == ""  # somebody's who lives
     finally:
-        os.kill(stray.pid, signal.SIGKILL)
-        stray.communicate()
-        (memory / "v1").unlink()
-        memory.rmdir()
+        path.unlink()
+    assert left(watched) == ""
+
+
+# Makes a named semaphore, as vLLM does, and dies with its cleaner.
+SEMAPHORE = """
+import multiprocessing, os, signal
+from multiprocessing import resource_tracker
+lock = multiprocessing.get_context("spawn").Lock()
+print("sem." + lock._semlock.name[1:], flush=True)
+input()
+os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_semaphore_that_nobody_will_remove_is_found_and_no_living_ones(watched, monkeypatch):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SEMAPHORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    path = judge.SHARED_MEMORY / process.stdout.readline().strip()
+    try:
+        monkeypatch.setattr(judge, "CLEANER", "of other programs on this machine")
+        assert path.exists() and path.name not in left(watched)  # it is mapped
+        monkeypatch.undo()
+        assert judge.in_use(path)
+        process.communicate("die\n")
+        monkeypatch.setattr(judge, "CLEANER", "of other programs on this machine")
+        assert path.name in left(watched)
+    finally:
+        process.kill()
+        path.unlink()
+
+
+def test_files_that_are_left_are_found(watched):
+    (watched.temporary / "areal-jax-sandbox-1").mkdir()
+    assert "areal-jax-sandbox-1" in left(watched)
+    for name in ("endpoints/controller", "silent/rollout-0", "controller/ledger", "weights/v1"):
+        (watched.workdir / name).parent.mkdir()
+        (watched.workdir / name).touch()
+        assert name.partition("/ledger")[0] in left(watched)
+
+
+def test_a_launcher_ends_with_whoever_tries_the_faults(tmp_path):
+    """The test runner is killed: what it has started is told to end."""
+    program = f"""
+import sys; sys.path.insert(0, {str(judge.ROOT)!r})
+from pathlib import Path
+from tools import judge
+run = judge.Watched(Path({str(tmp_path)!r}) / "run", Path({str(tmp_path)!r}) / "tmp")
+waits = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('up', flush=True); " \
+        "signal.pause()"
+child = run.start([sys.executable, "-c", waits], Path({str(tmp_path)!r}) / "log")
+while "up" not in Path({str(tmp_path)!r}, "log").read_text():
+    assert child.poll() is None
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+    runner = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    launcher_of_it = psutil.Process(int(runner.stdout.readline()))
+    runner.kill()
+    runner.communicate()
+    psutil.wait_procs([launcher_of_it], timeout=30)
+    assert not launcher_of_it.is_running() or launcher_of_it.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_right_run_is_not_said_to_have_been_started_again(watched):
+    assert watched.started_again() == {}
+    rows = [{"role": "rollout-0"}, {"role": "trainer-0"}, {"role": "rollout-0"}]
+    (watched.workdir / "restarts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert watched.started_again() == {"rollout-0": 2, "trainer-0": 1}

@@ -8,7 +8,7 @@ from whole_runs import ROOT, python
 from areal_jax.controller.ledger import CONSUMED, OPEN
 from areal_jax.controller.snapshot import CoreState, FinishedState, LedgerState, PromptState
 from areal_jax.metrics.trained import TrainedGroup
-from tools import accounts
+from tools import judge
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ STATE = CoreState(
 
 
 def problems(changed=None, state=STATE, steps=5):
-    return accounts.problems(TRAINED | (changed or {}), state, steps=steps, bound=1, group_size=4)
+    return judge.ledger_problems(TRAINED | (changed or {}), state, steps=steps, bound=1, group_size=4)
 
 
 def replaced(struct, **values):

@@ -11,6 +11,7 @@ import pytest
 
 from areal_jax.config import ConfigError
 from areal_jax.launch import session
+from areal_jax.launch.guardian import ENDING, RUNNING
 from areal_jax.transport.endpoints import read_endpoint, write_endpoint
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def test_the_next_start_waits_until_nothing_of_a_killed_launcher_is_left(tmp_pat
     children = psutil.Process(launcher.pid).children(recursive=True)  # the guardian and the trainer
     launcher.kill()
     launcher.wait()
-    while not (tmp_path / "launch.lock").read_text():
+    while (tmp_path / "launch.lock").read_text() != ENDING:
         assert all(child.is_running() for child in children)
     write_endpoint(tmp_path, "controller", "tcp://127.0.0.1:1")  # which the guardian is still to remove
     for _ in range(2):
@@ -88,4 +89,4 @@ def test_the_next_start_waits_until_nothing_of_a_killed_launcher_is_left(tmp_pat
     assert hold(tmp_path, 60.0) and len(waits) >= 2
     assert read_endpoint(tmp_path, "controller") is None
     assert capsys.readouterr().err.count("areal_jax: waiting for what a killed launcher has left") == 1
-    assert hold(tmp_path, 0.0) and len((tmp_path / "launch.lock").read_text()) == 0
+    assert hold(tmp_path, 0.0) and (tmp_path / "launch.lock").read_text() == RUNNING

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from areal_jax.rewards import Failure, Score, VerifierError, VerifierPool, process
+from areal_jax.rewards import Failure, Score, VerifierError, VerifierPool, folders
 from areal_jax.rewards.loading import load_verifier
 
 HERE = "tests.rewards.verifiers"
@@ -202,14 +202,14 @@ def test_the_package_imports_without_jax():
 
 def test_folders_of_a_killed_service_are_swept_and_those_in_use_are_not(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder, descriptor = process.make_folder()
+    folder, descriptor = folders.make_folder()
     others = [tmp_path / name for name in ("verifier-results", f"{os.path.basename(folder)}-results")]
     for other in others:
         other.mkdir()
         (other / "result").write_text("a user's")
-    process.sweep_folders()
+    folders.sweep_folders()
     assert os.path.isdir(folder)
     (tmp_path / os.path.basename(folder) / "scratch").write_text("x")
     os.close(descriptor)  # as when its holder is killed
-    process.sweep_folders()
+    folders.sweep_folders()
     assert not os.path.exists(folder) and all((other / "result").is_file() for other in others)

@@ -1,12 +1,18 @@
 """Tool use: programs are run where the model wrote them, outputs are seen but never trained on."""
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_workflows import Judge, answers, check_against_requests, session_with
 
-from areal_jax.rewards.sandbox import RunResult
+from areal_jax.rewards.sandbox import RunResult, works
 from areal_jax.rollout.tools import ToolUse
 
 MARKS = {"open": "<py>", "close": "</py>", "output": "<out>{output}</out>"}
@@ -90,6 +96,34 @@ def test_programs_run_in_the_sandbox():
     text = session.tokenizer.decode(t.tokens.tolist())
     assert "<out>42</out>" in text and "ZeroDivisionError" in text
     assert t.metrics["tool_calls"] == 2 and t.metrics["tool_errors"] == 1
+
+
+HANGS = """
+import sys
+from areal_jax.rewards.sandbox import run_script
+run_script("import pathlib, signal; pathlib.Path('up').touch(); signal.pause()", isolation="landlock")
+"""
+
+
+@pytest.mark.skipif(bool(works("landlock")), reason="no Landlock")
+def test_the_folder_of_a_worker_killed_while_a_program_ran_is_removed_and_no_living_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    workers = []
+    for _ in range(2):
+        environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+        workers.append(subprocess.Popen([sys.executable, "-c", HANGS], env=environment))
+        while len(list(tmp_path.glob("areal-jax-sandbox-*/scratch/up"))) < len(workers):
+            assert workers[-1].poll() is None
+    killed, living = workers
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    ToolUse()
+    (left,) = tmp_path.iterdir()
+    assert (left / "scratch" / "up").exists() and living.poll() is None
+    living.kill()
+    living.wait()
+    ToolUse()
+    assert not list(tmp_path.iterdir())
 
 
 def test_markers_must_make_sense():

@@ -78,7 +78,7 @@ class FakeController:
         return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
 
 
-def prepare(folder, width=16, **trainer):
+def prepare(folder, width=16, controller={}, **trainer):  # noqa: B006
     """A run's folder with a toy checkpoint and a config; returns (workdir, resolved config)."""
     model = toy.make_model(width=width, layers=1, heads=2)
     models.export_hf(model, tiny.random_params(model), folder / "model", dtype="float32")
@@ -88,7 +88,7 @@ def prepare(folder, width=16, **trainer):
             "model": str(folder / "model"),
             "data": {"eval": "arithmetic:count=4"},
             "rollout": {"max_length": 64, "max_new_tokens": 48},
-            "controller": {"batch_size": 4, "group_size": 4, "max_staleness": 2, "heartbeat_seconds": 0.2},
+            "controller": {"batch_size": 4, "group_size": 4, "max_staleness": 2, "heartbeat_seconds": 0.2} | controller,
             "metrics": {"tensorboard": False},
             "trainer": {
                 "steps": 3, "rows": 4, "row_length": 64, "proximal": "fused", "learning_rate": 1e-3, "fsdp": 1,

@@ -90,7 +90,8 @@ def room_for_files(trainer, size):
 
 @pytest.mark.slow
 def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_the_last_whole_one(tmp_path):
-    workdir, _ = fake.prepare(tmp_path, width=128, steps=6, checkpoint_every=1, publish_dtype="bfloat16")
+    trainer = {"steps": 6, "checkpoint_every": 1, "publish_dtype": "bfloat16"}
+    workdir, _ = fake.prepare(tmp_path, width=128, controller={"disk_limit": 1.0}, **trainer)
     log = workdir / "trainer-0.log"
     trainer, full = None, {2, 3, 5}
 
@@ -106,7 +107,8 @@ def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_the_last_whole_on
             text = log.read_text()
             assert "the checkpoint of version 3 could not be written" in text and "going on, the newest" in text
             last = text.strip().splitlines()[-1]
-            assert last.startswith("areal_jax.trainer: CheckpointError: the checkpoint of version 6 could not be")
+            assert last.startswith("areal_jax.trainer: DiskFull: the checkpoint of version 6 could not be")
+            assert "(controller.disk_limit)" in last
             assert not list((workdir / "checkpoints").glob("*tmp*"))
             failed = [row["checkpoint/failed"] for row in read_metrics(workdir)[1:]]
             assert failed == sorted(failed) and failed[0] == 0 and failed[-1] >= 1

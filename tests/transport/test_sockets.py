@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import threading
+import time
 
 import pytest
 import zmq
@@ -117,6 +118,21 @@ def test_request_and_reply_survive_a_restart_of_the_server(workdir):
         assert client.request(GetBatch(version=4), 10) == NotReady(waiting_for="4"), "it follows to a new port"
         end()
         blocker.context.destroy(linger=0)
+
+
+def test_a_client_that_was_itself_stopped_does_not_take_its_server_for_dead(workdir):
+    """Its clock jumps by an hour before the reply can come."""
+    jumps = iter([0.0, 0.0])
+    seen = []
+
+    def answer(message):
+        seen.append(message)
+        return [NotReady(waiting_for="x")] if len(seen) > 1 else []  # the first was lost
+
+    end = serve_in_thread(workdir, answer)
+    with SyncClient("trainer-0", workdir, resend=0.2, clock=lambda: time.monotonic() + next(jumps, 3600.0)) as client:
+        assert client.request(GetBatch(version=1), 10) == NotReady(waiting_for="x")
+    end()
 
 
 def test_refusals_and_hellos_reach_the_caller(workdir):

@@ -14,12 +14,11 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,21 +26,14 @@ import psutil
 
 from areal_jax.launch.supervisor import log_tail
 from areal_jax.metrics.trained import read_trained
-from areal_jax.metrics.writers import read_metrics
-from areal_jax.weights import store
+from tools import judge
 from tools.faults import launcher
 from tools.faults.points import POINTS
 
-ROOT = Path(__file__).parents[2]
-MARK = "FAULT_INJECTION_RUN"  # set in the environment of everything that a run starts
 LIMIT = 300.0  # seconds for one life of the launcher
 GONE = 45.0  # seconds in which everything must be gone after the launcher
 KILL, STOP, CONT = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
 STEPS = -(-launcher.PROMPTS // launcher.TINY["controller.batch_size"])
-MODULES = {
-    "controller": "areal_jax.controller", "rollout": "areal_jax.rollout", "rewards": "areal_jax.rewards",
-    "trainer": "areal_jax.trainer", "verifier": "areal_jax.rewards.worker",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +54,10 @@ class Fault:
     settings: dict = dataclasses.field(default_factory=dict)
     launcher_dies: bool = False
     fails: str = ""  # the run must not finish: it ends with these words
+    ends: str = ""  # the first life of the run ends with these words; the same command must finish it
     quarantined: int = 0
-    restarts: int | None = 1  # processes started again, at least; None: no matter
+    restarts: int | None = 1  # times that the role is started again, exactly, and no other; None: as it comes
+    disk: int = 0  # bytes of a file system of the run's own; 0: it has none
     random: bool = False  # the seed matters
 
     @property
@@ -81,32 +75,27 @@ class Outcome:
     seconds: float
     problems: list[str]
     struck: bool  # the fault did come about
-    restarts: int
+    started_again: dict[str, int]  # by role
     steps_again: int  # training steps that were made again after going back to a checkpoint
     where: str  # the moment of a random fault
+    code: str = ""  # what was tried: the commit
 
 
-class Run:
+class Run(judge.Watched):
     """A run that goes on in `folder`, seen from outside."""
 
     def __init__(self, fault: Fault, folder: Path, seed: int):
-        self.fault, self.folder, self.workdir = fault, folder, folder / "run"
+        super().__init__(folder / "run", folder / "tmp")
+        self.fault, self.folder = fault, folder
         self.random = random.Random(f"{fault.role}/{fault.action}/{seed}")
-        self.mark, self.where, self.struck = uuid.uuid4().hex, "", False
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir(parents=True)
-        self.fired = folder / "fired"
-        self.launcher: subprocess.Popen | None = None
+        self.where, self.struck = "", False
+        self.fired, self.ballast = folder / "fired", self.workdir / "ballast"
         self.compile_cache = ""
 
     # -- the launcher -----------------------------------------------------------------------------------------------
 
-    def environment(self) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST_"))}
-        own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), MARK: self.mark}
-        return kept | own
-
-    def start(self, compile_cache: str) -> None:
+    def begin(self, compile_cache: str) -> None:
+        """Start the launcher."""
         f, self.compile_cache = self.fault, compile_cache
         spec = {"point": f.point, "action": f.action, "visit": f.visit, "seconds": f.seconds, "fired": str(self.fired)}
         plan = {
@@ -114,10 +103,7 @@ class Run:
             "role": f.point and POINTS[f.point].role, "fault": spec,
         }  # fmt: skip
         command = [sys.executable, "-m", "tools.faults.launcher", json.dumps(plan)]
-        with open(self.folder / "launcher.log", "ab") as log:
-            self.launcher = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+        self.launcher = self.start(command, self.folder / "launcher.log")
 
     def wait(self) -> int | None:
         """The launcher's exit code; None when it had to be killed because it did not end."""
@@ -132,28 +118,10 @@ class Run:
         path = self.folder / "launcher.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    # -- its processes ----------------------------------------------------------------------------------------------
-
-    def processes(self) -> list[psutil.Process]:
-        """Everything alive that this run has started, whoever its parent is now."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def find(self, role: str) -> list[psutil.Process]:
-        """The processes that play `role`."""
-        if role == "launcher":
-            return [psutil.Process(self.launcher.pid)]
-        found = []
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                words = process.cmdline()
-                if MODULES[role] in words or (role == "verifier" and any(MODULES[role] in word for word in words)):
-                    found.append(process)
-        return found
+    def started_again(self) -> dict[str, int]:
+        """How often each role was, by the supervisors' own record."""
+        roles = [row["role"] for row in judge.lines(self.workdir / "restarts.jsonl")]
+        return {role: roles.count(role) for role in sorted(set(roles))}
 
     def until(self, condition: Callable[[], object], seconds: float = 120.0) -> bool:
         """Wait for `condition`; False when the launcher ended first, or after so long."""
@@ -195,34 +163,65 @@ def run(fault: Fault, folder: Path, seed: int = 0, compile_cache: str = "") -> O
     started = time.monotonic()
     run = Run(fault, folder, seed)
     problems = []
-    try:
-        run.start(compile_cache)
-        if fault.story is not None:
-            fault.story(run)
-        code = run.wait()
-        run.struck |= run.fired.exists()
-        if fault.launcher_dies and run.struck and code not in (0, 1, 2):
-            problems += [f"after the launcher's death: {p}" for p in left_behind(run)]
-            run.start(compile_cache)
+    with own_disk(run):
+        try:
+            run.begin(compile_cache)
+            if fault.story is not None:
+                fault.story(run)
             code = run.wait()
-        problems += judge(run, code)
-        problems += left_behind(run)
-    finally:
-        for process in run.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-    written = [json.loads(line)["version"] for line in _lines(run.workdir / "trained.jsonl")]
-    again = run.log().count("starting it again")
+            run.struck |= run.fired.exists()
+            again = fault.launcher_dies and run.struck and code not in (0, 1, 2)
+            if fault.ends:
+                again = code == 1 and fault.ends in run.log()
+                problems += [] if again else [f"exit code {code}, and no {fault.ends!r}: {tail(run)}"]
+                run.ballast.unlink(missing_ok=True)
+            if again:
+                problems += [f"after the first life's end: {p}" for p in left_behind(run)]
+                run.begin(compile_cache)
+                code = run.wait()
+            problems += judged(run, code)
+            problems += left_behind(run)
+        finally:
+            run.kill()
+            if problems and fault.disk:
+                shutil.copytree(run.workdir, run.folder / "kept", dirs_exist_ok=True)
+        written = [row["version"] for row in judge.lines(run.workdir / "trained.jsonl")]
+        again = run.started_again()
     return Outcome(
         fault.name, fault.role, seed, time.monotonic() - started, problems, run.struck, again,
         len(written) - len(set(written)), run.where,
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def own_disk(run: Run) -> Iterator[None]:
+    """The run's folder is a small file system of its own, where the fault wants one. Needs the right to mount."""
+    if not run.fault.disk:
+        yield
+        return
+    run.workdir.mkdir(mode=0o700)
+    options = f"size={run.fault.disk},mode=0700"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "areal_jax", run.workdir], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", run.workdir], check=True)
+
+
+def may_mount() -> bool:
+    """Whether this process may mount a file system."""
+    return sys.platform == "linux" and os.geteuid() == 0 and _has_admin()
+
+
+def _has_admin() -> bool:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
+    return bool(int(line.split()[1], 16) >> 21 & 1)  # CAP_SYS_ADMIN
+
+
 # --- What must be true afterwards ----------------------------------------------------------------------------------
 
 
-def judge(run: Run, code: int | None) -> Iterator[str]:
+def judged(run: Run, code: int | None) -> Iterator[str]:
     """What is wrong with the way the run ended, and with its accounts."""
     fault = run.fault
     if not run.struck:
@@ -237,87 +236,40 @@ def judge(run: Run, code: int | None) -> Iterator[str]:
     if code != 0:
         yield f"exit code {code}: {tail(run)}"
         return
-    again = run.log().count("starting it again")
-    if fault.restarts is not None and not fault.launcher_dies and run.struck and again < fault.restarts:
-        yield f"{again} processes were started again, expected {fault.restarts}"
+    again = run.started_again()
+    if fault.restarts is not None and run.struck and not as_expected(again, fault):
+        yield f"{again} were started again, expected {fault.role} {fault.restarts} times: {tail(run)}"
     yield from accounts(run.workdir, fault.quarantined)
-    yield from secrets(run.workdir)
+    yield from judge.secrets(run.workdir)
+
+
+def as_expected(again: dict[str, int], fault: Fault) -> bool:
+    """Whether the struck role alone was started again, as often as it must be.
+
+    A trainer that is struck once the run is over, and the others have left, gets all of them back.
+    """
+    own = sum(n for name, n in again.items() if name.partition("-")[0] == fault.role)
+    others = {name: n for name, n in again.items() if name.partition("-")[0] != fault.role}
+    back = {"controller": 1, "rewards-0": 1, "rollout-0": 1}
+    return own == fault.restarts and (not others or (fault.role == "trainer" and others == back))
 
 
 def accounts(workdir: Path, quarantined: int) -> Iterator[str]:
-    """Compares what the trainer wrote down with what the controller counted, and both with the data set."""
-    steps, summary = read_trained(workdir), json.loads((workdir / "summary.json").read_text())
-    if list(steps) != list(range(len(steps))):
-        yield f"the steps are not one after another: {list(steps)}"
-    seen = Counter((group.epoch, group.record) for groups in steps.values() for group in groups)
-    if twice := [key for key, count in seen.items() if count > 1]:
-        yield f"trained on more than once: {twice}"
-    everything = {(epoch, i) for epoch in range(launcher.EPOCHS) for i in range(launcher.PROMPTS)}
-    lost = everything - set(seen)
-    if len(lost) != quarantined or set(seen) - everything:
-        yield f"never trained on: {sorted(lost)}, not in the data: {sorted(set(seen) - everything)}"
-    if numbers := [n for n, count in Counter(g.group for gs in steps.values() for g in gs).items() if count > 1]:
-        yield f"groups trained on more than once: {numbers}"
-    if short := [g for groups in steps.values() for g in groups if g.samples != launcher.GROUP]:
-        yield f"groups without all their samples: {short}"
-    bound = launcher.BOUND
-    if old := [(v, g) for v, groups in steps.items() for g in groups if not 0 <= v - g.oldest <= bound]:
-        yield f"beyond the bound of {bound}: {old}"
-    counted = {
-        "trained_groups": len(everything) - quarantined,
-        "trained_samples": (len(everything) - quarantined) * launcher.GROUP,
-        "quarantined": quarantined,
-        "steps": len(steps),
-    }
-    if wrong := {name: summary.get(name) for name, value in counted.items() if summary.get(name) != value}:
-        yield f"summary.json has {wrong}, expected {counted}"
-    if summary.get("max_staleness", 99) > bound:
-        yield f"summary.json has a staleness of {summary.get('max_staleness')}"
-    ends = [{k: v for k, v in e.items() if v} for e in summary.get("epochs", [])]
-    epoch = {"prompts": launcher.PROMPTS, "consumed": launcher.PROMPTS - quarantined, "quarantined": quarantined}
-    wanted = [{k: v for k, v in (epoch | {"epoch": i}).items() if v} for i in range(launcher.EPOCHS)]
-    if ends != wanted:
-        yield f"the ledger closed its epochs with {ends}, expected {wanted}"
-    rows = [row["step"] for row in read_metrics(workdir) if "actor/loss" in row]
-    if rows != list(range(1, len(steps) + 1)):
-        yield f"metrics.jsonl has the steps {rows}"
-    if not (workdir / "export" / "model.safetensors").exists():
-        yield "there is no exported checkpoint"
-
-
-def secrets(workdir: Path) -> Iterator[str]:
-    """What others could read: the folder itself, and keys in what the run wrote."""
-    if workdir.stat().st_mode & 0o077:
-        yield f"{workdir} is open to others"
-    keys = [path.read_bytes() for path in (workdir / "keys").glob("*.secret")]
-    for path in (*workdir.glob("logs/*"), *workdir.glob("*.json*"), *workdir.glob("timeline/*")):
-        if any(key in path.read_bytes() for key in keys):
-            yield f"a secret key is in {path}"
+    """Compares what the trainer wrote down with the ledger, with what the controller counted, and with the data set."""
+    trained, bound, size = read_trained(workdir), launcher.BOUND, launcher.GROUP
+    state = judge.newest_state(workdir)
+    yield from judge.ledger_problems(trained, state, steps=len(trained), bound=bound, group_size=size)
+    yield from judge.summary_problems(workdir, bound=bound)
+    prompts = {"epochs": launcher.EPOCHS, "prompts": launcher.PROMPTS}
+    yield from judge.data_problems(workdir, **prompts, quarantined=quarantined)
 
 
 def left_behind(run: Run) -> Iterator[str]:
-    """Processes, shared memory, temporary files, endpoints, the controller's journal."""
-    deadline = time.monotonic() + GONE
-    while (left := run.processes()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if left:
-        yield f"processes are left: {[' '.join(process.cmdline())[-200:] for process in left]}"
-    if (memory := store.run_folder(run.workdir)).exists():
-        yield f"shared memory is left: {sorted(path.name for path in memory.iterdir())}"
-    ours = (path.name for path in run.temporary.iterdir() if not path.name.startswith("torchinductor_"))
-    if files := sorted(ours):  # (the other is a cache of torch's, which transformers imports)
-        yield f"temporary files are left: {files}"
-    over = not run.fault.fails and (run.workdir / "summary.json").exists()
-    names = ("endpoints/*", "silent/*", *(("controller", "weights/*") if over else ()))
-    if files := [str(path.relative_to(run.workdir)) for name in names for path in run.workdir.glob(name)]:
-        yield f"in the run's folder are left: {files}"
+    finished = not run.fault.fails and (run.workdir / "summary.json").exists()
+    return run.left_behind(GONE, finished=finished)
 
 
 def tail(run: Run) -> str:
     """The last words of the launcher and of every role, for whoever must find out."""
     logs = {path.stem: log_tail(path, 3) for path in sorted((run.workdir / "logs").glob("*.log"))}
     return f"{log_tail(run.folder / 'launcher.log', 12)}; {logs}"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []

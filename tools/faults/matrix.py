@@ -79,6 +79,8 @@ def frozen() -> list[Fault]:
         "rewards, a question arrives",
     ):  # fmt: skip
         faults.append(Fault(role=POINTS[point].role, action="hang", point=point, visit=_VISITS[point]))
+    early = {"settings": {"launch.announce_limit": 15.0}, "restarts": None}  # others may give up waiting for it
+    faults.append(Fault(role="controller", action="hang", point="controller, before it can be found", **early))
     return faults
 
 
@@ -113,6 +115,12 @@ def from_outside() -> list[Fault]:
         Fault(role="controller", action="port taken", story=stories.port_is_gone, what="while it is being restarted",
               random=True),
     ]  # fmt: skip
+    faults.append(
+        Fault(
+            role="trainer", action="guard", story=stories.nothing, what="an update beyond its limit, told to stop",
+            settings={"trainer.guard": "stop", "trainer.grad_norm_limit": 1e-9}, fails="its batch is in ",
+        )
+    )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGKILL):
         faults.append(
             Fault(
@@ -124,5 +132,17 @@ def from_outside() -> list[Fault]:
     return faults
 
 
+def disks() -> list[Fault]:
+    """A file system of the run's own that is filled to the last byte. Needs the right to mount one."""
+    common = {"role": "controller", "action": "disk full", "disk": 64 << 20, "restarts": 0}
+    return [
+        Fault(**common, story=stories.full_disk(5.0), what="for a while: all wait"),
+        Fault(
+            **common, story=stories.full_disk(None), what="for longer than the limit, then there is room again",
+            settings={"controller.disk_limit": 5.0}, ends="cannot be written: No space left on device; tried for",
+        ),
+    ]  # fmt: skip
+
+
 def all_faults() -> list[Fault]:
-    return [*at_points(), *frozen(), *from_outside()]
+    return [*at_points(), *frozen(), *from_outside(), *disks()]

@@ -52,6 +52,7 @@ _WORKER = "areal_jax.rollout.worker:Worker"
 _LOOP = "areal_jax.trainer.loop:Training"
 POINTS = {
     "controller, before the first weights": Point("controller", f"{_CORE}.publish"),
+    "controller, before it can be found": Point("controller", "areal_jax.controller.journal:Journal.recover"),
     "controller, a sample arrives": Point("controller", f"{_CORE}.sample_done"),
     "controller, a batch is chosen and not yet told": Point(
         "controller", f"{_CORE}.get_batch", after=True, when=lambda *a: type(a[-1]).__name__ == "Batch"

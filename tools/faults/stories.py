@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 
@@ -17,7 +17,7 @@ from areal_jax.transport import messages as m
 from areal_jax.transport.endpoints import read_endpoint, split_address, write_endpoint
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.sockets import SyncClient
-from tools.faults.harness import CONT, KILL, ROOT, STOP, Run
+from tools.faults.harness import CONT, KILL, STOP, Run
 
 
 def at_random(role: str) -> Callable[[Run], None]:
@@ -208,9 +208,7 @@ def comes_and_goes(ending: int) -> Callable[[Run], None]:
     def story(run: Run) -> None:
         run.until(lambda: run.steps() >= 1)
         command = [sys.executable, "-m", "areal_jax.rollout", "--workdir", str(run.workdir), "--index", "7"]
-        environment = run.environment() | {"JAX_COMPILATION_CACHE_DIR": str(run.compile_cache)}
-        with open(run.workdir / "logs" / "rollout-7.log", "ab") as log:
-            guest = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stderr=log)
+        guest = run.start(command, run.workdir / "logs" / "rollout-7.log")
         try:
             run.struck = run.until(lambda: busy(run, "rollout-7"))
             guest.send_signal(ending)
@@ -222,9 +220,34 @@ def comes_and_goes(ending: int) -> Callable[[Run], None]:
 
 def busy(run: Run, worker: str) -> bool:
     """Whether `worker` has samples to run right now, as the controller sees it."""
+    return status(run).get("roles", {}).get(worker, {}).get("running", 0) > 0
+
+
+def status(run: Run) -> dict[str, Any]:
+    """The controller's; empty where it does not answer."""
     with contextlib.suppress(TransportError), SyncClient("onlooker", run.workdir) as client:
-        return client.request(m.GetStatus(), 2.0).data["roles"].get(worker, {}).get("running", 0) > 0
-    return False
+        return client.request(m.GetStatus(), 2.0).data
+    return {}
+
+
+# --- The disk ------------------------------------------------------------------------------------------------------
+
+
+def full_disk(seconds: float | None) -> Callable[[Run], None]:
+    """Somebody fills the run's disk to the last byte, and makes room `seconds` after it was noticed; None: does not."""
+
+    def story(run: Run) -> None:
+        run.until(lambda: run.steps() >= 2)
+        with contextlib.suppress(OSError), open(run.ballast, "wb", buffering=0) as ballast:
+            while ballast.write(bytes(1 << 16)):
+                pass
+        run.struck = run.until(lambda: "cannot be written" in status(run).get("disk", ""), 60.0)
+        if seconds is not None:
+            wake = time.monotonic() + seconds
+            run.until(lambda: time.monotonic() > wake)
+            run.ballast.unlink()
+
+    return story
 
 
 # --- Verifiers of this package's runs ------------------------------------------------------------------------------

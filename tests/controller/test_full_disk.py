@@ -1,0 +1,132 @@
+"""A disk too full for the journal: nobody is told what it would have to hold; the run goes on, or ends by its limit."""
+
+import asyncio
+import dataclasses
+import errno
+import os
+
+import pytest
+
+from areal_jax.controller.core import Core
+from areal_jax.controller.journal import Journal
+from areal_jax.controller.service import Service
+from areal_jax.transport import messages as m
+from areal_jax.transport.errors import RequestRefused
+from areal_jax.transport.sockets import Server, SyncClient
+
+from .simulation import manifest
+from .test_service import CONFIG, RECORDS, NetWorker
+
+
+class FullDisk(Journal):
+    """Takes nothing while `full`."""
+
+    full, refused = False, 0
+
+    def _write(self, path, data):
+        if self.full:
+            self.refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        super()._write(path, data)
+
+
+def run(workdir, train, limit):
+    """A controller with `FullDisk`, a worker, and `train(client, journal)` in a thread; its value, the diagnosis."""
+
+    async def body():
+        clock = asyncio.get_running_loop().time
+        core = Core(dataclasses.replace(CONFIG, disk_limit=limit), RECORDS, [], now=clock())
+        journal = FullDisk(workdir)
+        async with Server("tcp://127.0.0.1:*", "controller", workdir) as server:
+            service = asyncio.create_task(Service(core, server, "test", clock, journal).run())
+            worker = asyncio.create_task(NetWorker("rollout-0", workdir).run())
+
+            def trainer():
+                with SyncClient("trainer-0", workdir, resend=0.2) as client:
+                    return train(client, journal)
+
+            try:
+                found = await asyncio.to_thread(trainer)
+            except BaseException:
+                core.stop("the test has failed")
+                raise
+            finally:
+                diagnosis = await service
+                await worker
+            return found, diagnosis
+
+    return asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def until(client, message, kind):
+    while not isinstance(reply := client.request(message, 10), kind):
+        assert isinstance(reply, m.NotReady), reply
+    return reply
+
+
+def test_no_batch_and_no_version_is_told_before_it_is_written_and_then_all_goes_on(tmp_path):
+    def train(client, journal):
+        until(client, m.Publish(manifest(0)), m.Published)
+        until(client, m.GetBatch(0), m.Batch)
+        journal.full = True
+        refusal = client.request(m.Publish(manifest(1)), 10)
+        assert "controller/ledger cannot be written: No space left on device" in refusal.waiting_for
+        assert "cannot be written" in client.request(m.GetStatus(), 10).data["disk"]
+        for _ in range(3):  # though it has been formed by now
+            assert isinstance(client.request(m.GetBatch(1), 10), m.NotReady)
+        journal.full = False
+        until(client, m.Publish(manifest(1)), m.Published)
+        batch = until(client, m.GetBatch(1), m.Batch)
+        status = client.request(m.GetStatus(), 10).data
+        assert status["disk"] == "" and any("takes writes again" in note for note in status["notes"])
+        client.request(m.Finish(), 10)
+        return batch
+
+    batch, diagnosis = run(tmp_path, train, limit=30.0)
+    assert diagnosis is None and len(batch.groups) == CONFIG.batch_size
+
+
+def test_a_batch_that_could_not_be_written_is_not_told_when_it_is_asked_for_again(tmp_path):
+    def train(client, journal):
+        until(client, m.Publish(manifest(0)), m.Published)
+        while len(list((tmp_path / "controller" / "groups").iterdir())) < CONFIG.batch_size:
+            client.request(m.GetStatus(), 10)
+        journal.full = True
+        replies = [client.request(m.GetBatch(0), 10) for _ in range(3)]
+        journal.full = False
+        until(client, m.GetBatch(0), m.Batch)
+        client.request(m.Finish(), 10)
+        return replies
+
+    replies, _ = run(tmp_path, train, limit=30.0)
+    assert all(isinstance(reply, m.NotReady) and "cannot be written" in reply.waiting_for for reply in replies)
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_a_diagnosis_that_names_the_file(tmp_path):
+    def train(client, journal):
+        until(client, m.Publish(manifest(0)), m.Published)
+        journal.full = True
+        with pytest.raises(RequestRefused, match="cannot be written"):
+            until(client, m.GetBatch(0), m.Batch)
+        return journal.refused
+
+    refused, diagnosis = run(tmp_path, train, limit=0.5)
+    assert str(tmp_path / "controller") in diagnosis and "No space left on device; tried for" in diagnosis
+    assert "controller.disk_limit" in diagnosis and refused < 10  # it is not tried all the time
+
+
+def test_a_write_that_fails_leaves_the_journal_whole_and_no_draft(tmp_path, monkeypatch):
+    journal = Journal(tmp_path)
+    journal._write(journal.folder / "ledger", b"before")
+    monkeypatch.setattr("areal_jax.controller.journal.os.fdopen", _broken)
+    try:
+        journal._write(journal.folder / "ledger", b"after")
+    except OSError as error:
+        assert error.filename == str(journal.folder / "ledger")
+    assert [(p.name, p.read_bytes()) for p in journal.folder.iterdir() if p.is_file()] == [("ledger", b"before")]
+
+
+def _broken(fd, mode):
+    os.write(fd, b"ha")
+    os.close(fd)
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,0 +1,174 @@
+"""The supervisor's waits have an end, whoever hangs; and what a killed process could not remove is removed for it."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from areal_jax.launch.supervisor import Outcome, Role, Supervisor
+from areal_jax.transport.silence import Silence, report_silence
+
+ROOT = Path(__file__).parents[2]
+FOREVER = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); signal.pause()"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+UNTIL = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
+
+
+class Clock:
+    """Goes on by itself, and jumps when told to."""
+
+    def __init__(self):
+        self.ahead = 0.0
+
+    def __call__(self):
+        return time.monotonic() + self.ahead
+
+
+def role(name, program, *arguments, **options):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return Role(name=name, command=(sys.executable, "-c", program, *map(str, arguments)), env=env, **options)
+
+
+# Counts its lives in a file. The first one is stuck before it listens; the second announces the same address again.
+LATE = """
+import signal, sys
+from areal_jax.transport.endpoints import write_endpoint
+lives, workdir, done = sys.argv[1:]
+file = open(lives, 'a+'); file.write('x'); file.flush(); file.seek(0)
+if len(file.read()) > 1:
+    write_endpoint(workdir, 'controller', 'tcp://127.0.0.1:5')
+    open(done, 'w').close()
+signal.pause()
+"""
+
+
+def test_a_server_that_hangs_before_it_announces_its_address_is_replaced(tmp_path):
+    from areal_jax.transport.endpoints import write_endpoint
+
+    lives, done, clock, told = tmp_path / "lives", tmp_path / "done", Clock(), []
+    lives.touch()
+    write_endpoint(tmp_path, "controller", "tcp://127.0.0.1:5")  # of a former life
+    roles = [
+        role("controller", LATE, lives, tmp_path, done, restarts=1, announces=True), role("trainer", UNTIL, done),
+    ]  # fmt: skip
+    supervisor = Supervisor(
+        roles, ["trainer"], tmp_path, grace=5, farewell=0.0, announce_limit=90.0, tell=told.append, clock=clock
+    )
+
+    def tick():
+        if lives.stat().st_size == 1:
+            clock.ahead = 91.0
+
+    assert supervisor.run(tick, interval=0.01) == Outcome("finished")
+    assert told[0].startswith("controller is killed: it has not announced its address within 9")
+    assert supervisor.restarts == 1 and lives.read_text() == "xx"
+
+
+def test_a_server_that_has_announced_its_address_may_live_for_as_long_as_it_likes(tmp_path):
+    lives, done, clock, told = tmp_path / "lives", tmp_path / "done", Clock(), []
+    lives.write_text("x")
+    polls = []
+    roles = [role("controller", LATE, lives, tmp_path, done, announces=True), role("trainer", FOREVER)]
+    supervisor = Supervisor(roles, ["trainer"], tmp_path, grace=5, announce_limit=90.0, tell=told.append, clock=clock)
+
+    def tick():
+        polls.append(done.exists())
+        if len(polls) > 2 and polls[-2]:
+            clock.ahead += 1000.0
+        if polls.count(True) > 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert supervisor.run(tick, interval=0.01).status == "stopped" and told == []
+
+
+def test_an_end_takes_no_longer_than_the_grace_period_though_trainer_and_controller_hang(tmp_path):
+    """The clock goes on by a fixed amount with every question, so that its reading says how long was waited."""
+
+    class Ticking(Clock):
+        def __call__(self):
+            self.ahead += 0.5
+            return self.ahead
+
+    clock, told, marks = Ticking(), [], []
+    roles = [role(name, STUBBORN) for name in ("trainer", "controller", "rollout-0")]
+    supervisor = Supervisor(roles, ["trainer"], tmp_path, grace=20.0, tell=told.append, clock=clock)
+
+    def tick():
+        if not marks and all((tmp_path / "logs" / f"{r.name}.log").read_text() for r in roles):
+            marks.append(clock.ahead)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert supervisor.run(tick, interval=0.01).status == "stopped"
+    assert len(told) == 3 and told[0].startswith("trainer did not end within")
+    assert clock.ahead - marks[0] <= 20.0 + 6 * 0.5
+
+
+# A role as vLLM is: its child shares a named semaphore, which Python's cleaner removes when both have ended.
+SEMAPHORE = """
+import multiprocessing, os, signal, sys
+from multiprocessing import resource_tracker
+lock = multiprocessing.get_context("spawn").Lock()
+with open(sys.argv[1] + ".new", "w") as file:
+    file.write("/dev/shm/sem." + lock._semlock.name[1:])
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+if sys.argv[2] == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="named semaphores are elsewhere")
+@pytest.mark.parametrize("end", ["dies", "hangs"])
+def test_no_named_semaphore_of_a_killed_process_stays(tmp_path, end):
+    named, seen = tmp_path / "named", []
+
+    def tick():
+        if named.exists() and not seen:
+            seen.append(Path(named.read_text()))
+            if end == "hangs":
+                assert seen[0].exists()
+                pid = supervisor.pid("rollout-0")
+                report_silence(tmp_path, "rollout-0", Silence(socket.gethostname(), pid, 61.0, "generating"))
+
+    roles = [role("trainer", FOREVER), role("rollout-0", SEMAPHORE, named, end, restarts=0, peers="rollout")]
+    supervisor = Supervisor(roles, ["trainer"], tmp_path, grace=5, tell=lambda _: None)
+    assert supervisor.run(tick, interval=0.01).role == "rollout-0"
+    assert seen or named.exists()
+    assert not Path(named.read_text()).exists()
+
+
+# Dies in its last moments, when the other has left; its second life ends when the other is back.
+LAST_MOMENT = """
+import os, sys, time
+lives, other = sys.argv[1:]
+file = open(lives, 'a+'); file.write('x'); file.flush(); file.seek(0)
+life = len(file.read())
+while not os.path.exists(other) or os.path.getsize(other) < life:
+    time.sleep(0.01)
+sys.exit(2 - life and 1)
+"""
+
+
+def test_a_trainer_that_dies_when_the_others_have_left_gets_them_back_at_once(tmp_path):
+    other, told = tmp_path / "other", []
+    leaves = role("controller", "import sys; open(sys.argv[1], 'a').write('x')", other, restarts=1)
+    trainer = role("trainer", LAST_MOMENT, tmp_path / "lives", other, restarts=1)
+    supervisor = Supervisor([trainer, leaves], ["trainer"], tmp_path, grace=5, farewell=1e6, tell=told.append)
+    assert supervisor.run(interval=0.01).status == "finished"
+    assert [line.partition(";")[0] for line in told] == [
+        "trainer ended with exit code 1", "controller ended with exit code 0",
+    ]  # fmt: skip
+
+
+def test_what_was_started_again_is_on_record(tmp_path):
+    import json
+
+    crash = role("rollout-0", "raise SystemExit(3)", restarts=2, peers="rollout")
+    roles = [role("trainer", FOREVER), crash]
+    Supervisor(roles, ["trainer"], tmp_path, grace=5, tell=lambda _: None).run(interval=0.01)
+    rows = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
+    assert [(row["role"], row["how"]) for row in rows] == [("rollout-0", "ended with exit code 3")] * 2
