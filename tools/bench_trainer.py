@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--rows", type=int, default=8, help="rows per micro-batch, over all devices")
     parser.add_argument("--row-length", type=int, default=512)
-    parser.add_argument("--micro-batches", type=int, default=2, help="about so many per step")
+    parser.add_argument("--micro-batches", type=int, default=8, help="about so many per step")
     parser.add_argument("--lengths", default="uniform:64:512", help="full, fixed:N or uniform:LOW:HIGH (tokens)")
     parser.add_argument("--packing", choices=("dynamic", "fixed"), default="dynamic")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: bfloat16 on a GPU")
