@@ -98,15 +98,18 @@ class Watched:
 
     # -- what it has left --------------------------------------------------------------------------------------------
 
-    def left_behind(self, seconds: float, *, finished: bool, files: bool = True) -> Iterator[str]:
-        """Whatever is there `seconds` after the launcher's end, in words: processes, the run's lock, shared memory,
+    def left_behind(self, seconds: float, *, finished: bool, files: bool = True) -> list[str]:
+        """What is still there `seconds` after the launcher's end, in words: processes, the run's lock, shared memory,
         temporary files and addresses (`files`: when somebody was left to remove them); and of a finished run the
         controller's journal and weights."""
         deadline = time.monotonic() + seconds
-        while (left := self.processes()) and time.monotonic() < deadline:
+        while (left := list(self._left(finished, files))) and time.monotonic() < deadline:
             self.launcher.poll()
-            time.sleep(0.1)
-        for process in left:
+            time.sleep(0.2)  # other programs, too, put things into shared memory and take them away
+        return left
+
+    def _left(self, finished: bool, files: bool) -> Iterator[str]:
+        for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 yield f"process {process.pid} is left: {' '.join(process.cmdline())[-200:]}"
         if not lock_is_free(self.workdir):

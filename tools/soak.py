@@ -62,7 +62,7 @@ class Run(judge.Watched):
 
     def left(self, seconds: float, files: bool = True) -> list[str]:
         """Waits for all to end; what is left then, in words."""
-        return list(self.left_behind(seconds, finished=(self.workdir / "summary.json").exists(), files=files))
+        return self.left_behind(seconds, finished=(self.workdir / "summary.json").exists(), files=files)
 
     def log(self, lines: int = 40) -> str:
         """The end of what the launcher has printed."""

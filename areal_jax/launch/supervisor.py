@@ -27,6 +27,7 @@ from areal_jax.transport.silence import take_silence
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
 FINAL = (WRONG_SETTING, CANNOT_GO_ON)  # starting the role again changes nothing
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
+SHORTEST_LIFE = 5.0  # who leaves so soon after a leader's start was told to go by the life before
 LAST_SHARE = 0.2  # of the grace period, for those that are told to end after the leaders
 
 
@@ -181,7 +182,8 @@ class Supervisor:
         in its last moments and was started again needs them once more."""
         if process.left_at is None:
             process.left_at = self._clock()
-        again = any(self._processes[name].started > process.left_at for name in self._leaders)
+        leaders = [self._processes[name] for name in self._leaders]
+        again = any(p.deaths and p.started > process.left_at - SHORTEST_LIFE for p in leaders)
         return not again and self._clock() - process.left_at < self._farewell
 
     def _after_death(self, process: _Process, code: int) -> Outcome | None:

@@ -28,10 +28,13 @@ class Stopped(Exception):
 
 
 def ask(client: SyncClient, workdir: str | os.PathLike, message: m.Message, limit: float) -> m.AnyMessage:
-    """As `client.request`; but a controller that does not answer is reported, and the one in its place asked again."""
+    """As `client.request`; but a controller that does not answer is reported, and the one in its place asked again. One
+    that was never there is its launcher's business (`launch.announce_limit`)."""
     try:
         return client.request(message, limit)
-    except (RequestTimeout, EndpointMissing):
+    except EndpointMissing:
+        return client.request(message, limit)
+    except RequestTimeout:
         awaited = f"asked for {type(message).__name__}"
         with contextlib.suppress(OSError):  # a full disk
             report_silence(workdir, client.server, Silence("", 0, limit, awaited, by=client.name))

@@ -9,7 +9,7 @@ import pytest
 from whole_runs import steps
 
 from areal_jax.metrics.trained import read_trained
-from tools import accounts, soak
+from tools import judge, soak
 
 SYNCHRONOUS = {
     "controller.max_staleness": 0, "controller.batch_size": 8, "trainer.learning_rate": 1e-3,
@@ -26,9 +26,9 @@ def make_run(workdir, cache, **changes):
 
 def finish(run, number):
     """Runs to the end of step `number`."""
-    run.start(number)
+    run.begin(number)
     assert run.launcher.wait(600) == 0, run.log()
-    assert run.left(5.0) + run.shared_memory() == []
+    assert run.left(5.0) == []
 
 
 @pytest.fixture(scope="module")
@@ -72,27 +72,26 @@ def test_an_asynchronous_run_loses_and_repeats_nothing_when_all_of_it_is_killed_
         for process in run.processes():
             process.send_signal(number)
         run.launcher.wait(60)
-        assert run.left(60.0) + run.shared_memory() == []
+        assert run.left(60.0, files=number != signal.SIGKILL) == []  # else the guardian is dead, too
 
     try:
-        run.start()
+        run.begin()
         until_trained(5)
         signal_all(signal.SIGKILL)
-        killed_at, saved = max(read_trained(run.workdir)), accounts.newest_state(run.workdir).version
+        killed_at, saved = max(read_trained(run.workdir)), judge.newest_state(run.workdir).version
         assert 0 < saved <= killed_at + 1
-        run.start()
+        run.begin()
         until_trained(killed_at + 3)
         signal_all(signal.SIGTERM)
         trained = max(read_trained(run.workdir)) + 1
-        assert accounts.newest_state(run.workdir).version == trained, "SIGTERM did not save: " + run.log()
+        assert judge.newest_state(run.workdir).version == trained, "SIGTERM did not save: " + run.log()
         run.overrides.append("--config.rollout.workers=1")
         finish(run, trained + 6)
     finally:
-        for process in run.processes():
-            process.kill()
-    trained_on, state = read_trained(run.workdir), accounts.newest_state(run.workdir)
+        run.kill()
+    trained_on, state = read_trained(run.workdir), judge.newest_state(run.workdir)
     assert len(state.ledger.epochs_done) >= 1
     bound, size = soak.SETTINGS["controller.max_staleness"], soak.SETTINGS["controller.group_size"]
-    assert accounts.problems(trained_on, state, steps=trained + 6, bound=bound, group_size=size) == []
+    assert judge.ledger_problems(trained_on, state, steps=trained + 6, bound=bound, group_size=size) == []
     summary = json.loads((run.workdir / "summary.json").read_text())
     assert summary["trained_samples"] == (trained + 6) * 16 * size and summary["max_staleness"] <= bound

@@ -141,6 +141,11 @@ def test_no_named_semaphore_of_a_killed_process_stays(tmp_path, end):
     assert not Path(named.read_text()).exists()
 
 
+LEAVES_ONCE = """
+import signal, sys
+file = open(sys.argv[1], 'a+'); file.write('x'); file.flush(); file.seek(0)
+if len(file.read()) > 1: signal.pause()
+"""
 # Dies in its last moments, when the other has left; its second life ends when the other is back.
 LAST_MOMENT = """
 import os, sys, time
@@ -153,14 +158,31 @@ sys.exit(2 - life and 1)
 """
 
 
-def test_a_trainer_that_dies_when_the_others_have_left_gets_them_back_at_once(tmp_path):
+@pytest.mark.parametrize("first", ["trainer", "controller"])  # whose end is noticed first
+def test_a_trainer_that_dies_when_the_others_have_left_gets_them_back_at_once(tmp_path, first):
     other, told = tmp_path / "other", []
-    leaves = role("controller", "import sys; open(sys.argv[1], 'a').write('x')", other, restarts=1)
+    leaves = role("controller", LEAVES_ONCE, other, restarts=1)
     trainer = role("trainer", LAST_MOMENT, tmp_path / "lives", other, restarts=1)
-    supervisor = Supervisor([trainer, leaves], ["trainer"], tmp_path, grace=5, farewell=1e6, tell=told.append)
-    assert supervisor.run(interval=0.01).status == "finished"
-    assert [line.partition(";")[0] for line in told] == [
-        "trainer ended with exit code 1", "controller ended with exit code 0",
+    roles = [trainer, leaves] if first == "trainer" else [leaves, trainer]
+
+    class Hurried(Clock):
+        """Once both are back, no time is left to wait for anybody."""
+
+        def __call__(self):
+            self.ahead += 1e6 * (other.exists() and other.stat().st_size > 1)
+            return super().__call__()
+
+    options = {"grace": 5, "farewell": 1e6, "tell": told.append, "clock": Hurried()}
+    supervisor = Supervisor(roles, ["trainer"], tmp_path, **options)
+
+    def tick():
+        """Looks when both have ended."""
+        for each in roles if not told else ():
+            os.waitid(os.P_PID, supervisor.pid(each.name), os.WEXITED | os.WNOWAIT)
+
+    assert supervisor.run(tick, interval=0.01).status == "finished"
+    assert sorted(line.partition(";")[0] for line in told[:2]) == [
+        "controller ended with exit code 0", "trainer ended with exit code 1",
     ]  # fmt: skip
 
 

@@ -264,7 +264,7 @@ def accounts(workdir: Path, quarantined: int) -> Iterator[str]:
     yield from judge.data_problems(workdir, **prompts, quarantined=quarantined)
 
 
-def left_behind(run: Run) -> Iterator[str]:
+def left_behind(run: Run) -> list[str]:
     finished = not run.fault.fails and (run.workdir / "summary.json").exists()
     return run.left_behind(GONE, finished=finished)
 
