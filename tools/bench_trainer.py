@@ -64,7 +64,7 @@ def lengths_of(mix: str, total: int, longest: int, seed: int = 0) -> np.ndarray:
     if not 2 <= low <= high <= longest:
         raise SystemExit(f"--lengths {mix}: must lie between 2 and --row-length {longest}")
     rng, lengths = np.random.default_rng(seed), []
-    while sum(lengths) + (low + high) // 2 <= total:
+    while not lengths or sum(lengths) + (low + high) // 2 <= total:
         lengths.append(int(rng.integers(low, high + 1)))
     return np.array(lengths)
 
@@ -126,14 +126,15 @@ def measure_jax(args: argparse.Namespace, config: ModelConfig, samples: list[Sam
     one.warm_up()
     compile_seconds = time.perf_counter() - start
     batch = TrainBatch(0, samples, np.arange(len(samples), dtype=np.int32), {})
+    compiles = CompileCounter()
     pending = one.step(batch)
 
-    def step():  # as the trainer does: the next step is dispatched before the report of the last one is waited for
+    def step():  # as the trainer does: the report of the last step is read while this one is computed, and waited for
         nonlocal pending
         last, pending = pending, one.step(dataclasses.replace(batch, version=one.version))
         last.report()
+        jax.block_until_ready(one.state.version)
 
-    compiles = CompileCounter()
     seconds = timed(step, args.warm_up, args.repeats)
     pending.report()
     packed = pending.packed[0]

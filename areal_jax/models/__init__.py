@@ -8,7 +8,7 @@
 """
 
 from areal_jax.models.config import ModelConfig, ModelError, Rope
-from areal_jax.models.decode import insert_cache, resize_cache
+from areal_jax.models.decode import insert_cache, resize_cache, unstack_layers
 from areal_jax.models.huggingface import export_hf, from_hf, hf_tensor_specs, load_hf, to_hf
 from areal_jax.models.lora import merge as merge_lora
 from areal_jax.models.lora import trainable
@@ -37,4 +37,5 @@ __all__ = [
     "resize_cache",
     "to_hf",
     "trainable",
+    "unstack_layers",
 ]

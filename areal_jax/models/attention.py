@@ -9,6 +9,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from areal_jax.models import attention_cudnn
 from areal_jax.models.config import ModelError
@@ -16,6 +17,7 @@ from areal_jax.models.sharding import ANYWHERE, Place
 
 MASKED = -1e30  # finite, so that a row without any key gives numbers and not NaN
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+XLA_KEEPS = ("attention_xla_out", "attention_xla_normalizer")  # what the backward pass of `xla` needs beside q, k, v
 
 
 def attention(
@@ -98,7 +100,7 @@ def _blocks_forward(q, k, v, segment_ids, window):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out.append(jnp.einsum("bkgts,bksh->bkgth", (weights / total).astype(v.dtype), v[:, :, keys]))
         normalizer.append(largest + jnp.log(total))
-    out, normalizer = (jnp.concatenate(x, axis=3) for x in (out, normalizer))
+    out, normalizer = (checkpoint_name(jnp.concatenate(x, axis=3), n) for x, n in zip((out, normalizer), XLA_KEEPS))
     return out, (q, k, v, segment_ids, out, normalizer)
 
 

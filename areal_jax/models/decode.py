@@ -2,9 +2,10 @@
 
 The cache is `{"k", "v"}`, each a tuple with an array for every layer: k `[slots, kv_heads, head_dim, length]`, v
 `[slots, kv_heads, length, head_dim]`, as the products of a single query read them. It is updated in place, so a jitted
-caller should donate it. A step does not loop over stacked layers, as prefill and training do: taking a layer's part out
-of a stacked cache is a copy of it, which costs more than the attention over it. A slot's result depends on that slot
-alone, whatever the others hold. The layers are those of the training forward; only how a query finds its keys differs.
+caller should donate it. Nothing here loops over stacked layers, as training does: taking a layer's part out of a
+stacked array copies it, which costs a decode step more than its attention, and for parameters more memory than the
+cache. Who generates much gives them as `unstack_layers` makes them. A slot's result depends on that slot alone,
+whatever the others hold. The layers are those of the training forward; only how a query finds its keys differs.
 """
 
 import jax
@@ -15,6 +16,23 @@ from areal_jax.models.attention import MASKED, attention
 from areal_jax.models.config import ModelError
 
 Cache = dict[str, tuple[jax.Array, ...]]
+
+
+def unstack_layers(params):
+    """The same parameters with a tree for each layer, in a tuple, instead of arrays stacked along a leading axis.
+
+    Both forms do for `prefill` and `step`. Stacked ones are copied layer by layer each time.
+    """
+    leaves, tree = jax.tree.flatten(params["layers"])
+    return params | {"layers": tuple(jax.tree.unflatten(tree, one) for one in zip(*leaves, strict=True))}
+
+
+def _layers(model, params):
+    """(the network but for its layers, the layers' parameters one by one, a function from these to a block)."""
+    if not isinstance(params["layers"], tuple):
+        params = unstack_layers(params)
+    net = model._network(params | {"layers": params["layers"][0]})
+    return net, params["layers"], net.split_layers()[1]
 
 
 def init_cache(model, slots: int, length: int, dtype=None) -> Cache:
@@ -63,7 +81,7 @@ def prefill(model, params, cache: Cache, tokens, lengths, slots) -> tuple[jax.Ar
     capacity, length, dtype = cache["v"][0].shape[0], _length(cache), cache["v"][0].dtype
     if width > length:
         raise ModelError(f"prompts padded to {width} tokens do not fit a cache of {length} tokens per slot")
-    net, index = model._network(params), jnp.arange(width, dtype=jnp.int32)[None]
+    (net, layers, block), index = _layers(model, params), jnp.arange(width, dtype=jnp.int32)[None]
     segment_ids = (index < lengths[:, None]).astype(jnp.int32)
     rope = net.rope(jnp.broadcast_to(index, tokens.shape))
 
@@ -71,19 +89,17 @@ def prefill(model, params, cache: Cache, tokens, lengths, slots) -> tuple[jax.Ar
         out = attention(q, k, v, segment_ids, window=model.config.sliding_window, implementation="xla")
         return out, (k.transpose(0, 2, 3, 1).astype(dtype), v.swapaxes(1, 2).astype(dtype))
 
-    stacked, block = net.split_layers()
-
-    def layer(x, params):
-        return block(params)(x, rope, attend, None)
-
-    x_MxD = net.embed(tokens.reshape(-1), model.compute_dtype)
-    x_MxD, (k_LxNxKxHxP, v_LxNxKxPxH) = jax.lax.scan(layer, x_MxD, stacked)
+    x_MxD, written = net.embed(tokens.reshape(-1), model.compute_dtype), []
+    for layer in layers:
+        x_MxD, keys_values = block(layer)(x_MxD, rope, attend, None)
+        written.append(keys_values)
+    keys, values = zip(*written)
     last_NxD = x_MxD[jnp.arange(len(lengths)) * width + jnp.maximum(lengths - 1, 0)]
     logits = logprobs.head_logits(net.normalize(last_NxD), net.head_weights())
 
     # Out of range means "do not write"; negative indices would count from the end, so they are mapped too.
     target = jnp.where((lengths > 0) & (slots >= 0) & (slots < capacity), slots, capacity)
-    return logits, insert_cache(cache, {"k": tuple(k_LxNxKxHxP), "v": tuple(v_LxNxKxPxH)}, target)
+    return logits, insert_cache(cache, {"k": keys, "v": values}, target)
 
 
 def step(model, params, cache: Cache, tokens, positions) -> tuple[jax.Array, Cache]:
@@ -98,7 +114,7 @@ def step(model, params, cache: Cache, tokens, positions) -> tuple[jax.Array, Cac
     Returns:
       `(logits, cache)`: float32 `[S, V]`, the logits of each slot's next token.
     """
-    net, slots = model._network(params), jnp.arange(tokens.shape[0])
+    (net, layers, block), slots = _layers(model, params), jnp.arange(tokens.shape[0])
     rope = net.rope(positions[:, None])
     distance = positions[:, None] - jnp.arange(_length(cache))[None]
     visible_SxC = distance >= 0
@@ -111,12 +127,11 @@ def step(model, params, cache: Cache, tokens, positions) -> tuple[jax.Array, Cac
         values = values.at[slots, :, positions].set(v[:, 0].astype(values.dtype))
         return _one_query(q, keys.astype(q.dtype), values.astype(q.dtype), visible_SxC), (keys, values)
 
-    stacked, block = net.split_layers()
-    x, layers = net.embed(tokens, model.compute_dtype), []
-    for i, layer in enumerate(zip(cache["k"], cache["v"], strict=True)):
-        x, layer = block(jax.tree.map(lambda x: x[i], stacked))(x, rope, attend, layer)  # noqa: B023 (called at once)
-        layers.append(layer)
-    keys, values = zip(*layers)
+    x, written = net.embed(tokens, model.compute_dtype), []
+    for layer, *state in zip(layers, cache["k"], cache["v"], strict=True):
+        x, state = block(layer)(x, rope, attend, state)
+        written.append(state)
+    keys, values = zip(*written)
     return logprobs.head_logits(net.normalize(x), net.head_weights()), {"k": keys, "v": values}
 
 

@@ -189,7 +189,7 @@ class Model:
 
     # -- generation ------------------------------------------------------------------------------------------------
 
-    def init_cache(self, slots: int, length: int, dtype=None) -> dict[str, jax.Array]:
+    def init_cache(self, slots: int, length: int, dtype=None) -> decode.Cache:
         """An empty cache for `slots` sequences of at most `length` tokens; dtype defaults to compute dtype."""
         return decode.init_cache(self, slots, length, dtype)
 
@@ -223,11 +223,14 @@ _HEADS = ("batch", None, "kv_heads", None)
 
 
 def _policy(remat: str, implementation: str):
-    """What `jax.checkpoint` keeps; of the flash kernel its own outputs, which its backward pass needs."""
+    """What `jax.checkpoint` keeps; of attention's result, what its own backward pass needs."""
     names = set(REMAT[remat])
-    if implementation != "cudnn" or "attention_out" not in names:
+    if "attention_out" not in names:
         return jax.checkpoint_policies.save_only_these_names(*names)
-    named = jax.checkpoint_policies.save_only_these_names(*(names - {"attention_out"}))
+    names.remove("attention_out")
+    if implementation != "cudnn":
+        return jax.checkpoint_policies.save_only_these_names(*names, *attention_lib.XLA_KEEPS)
+    named = jax.checkpoint_policies.save_only_these_names(*names)
 
     def keep(primitive, *args, **params):
         kernel = primitive.name.startswith(attention_cudnn.FORWARD_PRIMITIVE)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from areal_jax import weights
-from areal_jax.models import Model, ModelConfig, ModelError, from_hf
+from areal_jax.models import Model, ModelConfig, ModelError, from_hf, unstack_layers
 from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Completion, EngineDied, Request, WeightsRefused
 from areal_jax.rollout.jax_programs import Programs, bucket
@@ -222,8 +222,7 @@ class JaxEngine:
         self._counts["sequences_interrupted"] += len(unfinished)
         middle = time.perf_counter()
         if self.kv_policy == "recompute" and unfinished:
-            self._counts["tokens_recomputed"] += sum(s.length for s in unfinished)
-            self._prefill(unfinished)
+            self._counts["tokens_recomputed"] += self._prefill(unfinished)
         self._set_paused(False)
         end = time.perf_counter()
         self._settle(update.future, update.timings | {"pause": end - start, "recompute": end - middle})
@@ -234,16 +233,19 @@ class JaxEngine:
             fresh.append(self._waiting.popleft())
             self._table.place(fresh[-1])
         if fresh:
-            self._counts["tokens_prefilled"] += sum(sequence.length for sequence in fresh)
-            self._prefill(fresh)
+            self._counts["tokens_prefilled"] += self._prefill(fresh)
 
-    def _prefill(self, sequences: list[Sequence]) -> None:
-        """Fills the caches of `sequences` (in their slots already) and samples one token for each."""
+    def _prefill(self, sequences: list[Sequence]) -> int:
+        """Fills the caches of `sequences` (in their slots already) and samples one token for each.
+
+        Returns the number of tokens that were run.
+        """
         rows = self._programs.prefill_rows
         prompts: dict[int, dict[bytes, list[Sequence]]] = {}  # by width; equal ones, as a group has, are run once
         for sequence in sequences:
             same = prompts.setdefault(bucket(self._programs.widths, sequence.length), {})
             same.setdefault(sequence.tokens[: sequence.length].tobytes(), []).append(sequence)
+        count = sum(sequence.length for same in prompts.values() for sequence, *_ in same.values())
         self._fit_cache(max(prompts))
         dispatched = [
             dispatch
@@ -257,6 +259,7 @@ class JaxEngine:
             n = len(slots)
             tokens[0, slots], logprobs[0, slots], chosen[slots] = np.asarray(new)[:n], np.asarray(logprob)[:n], True
         self._accept(tokens, logprobs, chosen)
+        return count
 
     def _prefill_few(self, few: list[list[Sequence]], width: int):
         """Dispatches one prefill of `few` prompts, each for one or more sequences that begin with it.
@@ -368,7 +371,7 @@ def hf_loader(model: Model, dtype: Any, timeout: float, workdir: str | os.PathLi
         try:
             with weights.open_version(manifest, workdir=workdir, timeout=timeout) as version:
                 middle = time.perf_counter()
-                params = jax.block_until_ready(from_hf(model, version, jnp.dtype(dtype)))
+                params = jax.block_until_ready(unstack_layers(from_hf(model, version, jnp.dtype(dtype))))
         except (weights.WeightsRefused, ModelError, OSError) as error:
             raise WeightsRefused(f"version {manifest.version} was not loaded: {error}") from error
         return params, {"read": middle - start, "convert": time.perf_counter() - middle}

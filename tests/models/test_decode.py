@@ -1,5 +1,7 @@
 """Prefill and decode give the logits of the full forward, slot by slot, whatever the other slots hold."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +100,23 @@ def test_one_jitted_step_writes_one_position_per_slot_and_reuses_the_buffers():
     assert all(x.is_deleted() for x in jax.tree.leaves(cache))
     cache_bytes = sum(x.nbytes for x in jax.tree.leaves(before))
     assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
+
+
+def test_a_step_copies_no_parameters():
+    """Given a tree for each layer, a step's temporaries are far smaller than the network; stacked, all is copied."""
+    model, _ = tiny.model_and_params("qwen3")
+    model = models.Model(dataclasses.replace(model.config, hidden_size=256, mlp_size=1024, num_layers=4))
+    stacked = model.abstract_params()
+    apart = jax.eval_shape(models.unstack_layers, stacked)
+    cache, ints = jax.eval_shape(lambda: model.init_cache(2, 8)), jax.ShapeDtypeStruct((2,), np.int32)
+
+    def temporaries(params):
+        steps = jax.jit(lambda p, c, t: jax.lax.fori_loop(0, 4, lambda i, c: model.decode(p, c, t, t)[1], c))
+        return steps.lower(params, cache, ints).compile().memory_analysis().temp_size_in_bytes
+
+    layers = sum(4 * x.size for x in jax.tree.leaves(stacked["layers"]))
+    assert temporaries(apart) < layers / 4
+    assert temporaries(stacked) > layers / 2  # the reason
 
 
 def test_prompts_wider_than_the_cache_are_refused():

@@ -96,9 +96,10 @@ def _full_square(q, k, v, mask):
 def test_blocks_of_queries_equal_the_full_square_forward_and_gradient(window):
     rng = np.random.default_rng(0)
     length = 260  # four blocks of uneven size
-    q, weights = (rng.standard_normal((2, length, 6, 8), np.float32) for _ in range(2))
-    k, v = (rng.standard_normal((2, length, 3, 8), np.float32) for _ in range(2))
-    segment_ids = tiny.packed(2, length)[2]
+    q, weights = (rng.standard_normal((3, length, 6, 8), np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((3, length, 3, 8), np.float32) for _ in range(2))
+    segment_ids = np.array(tiny.packed(3, length)[2])
+    segment_ids[2] = 0  # a row of nothing but padding
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     mask = (distance >= 0) & (distance < (window or length)) & (segment_ids[:, :, None] == segment_ids[:, None])
 
@@ -113,14 +114,46 @@ def test_blocks_of_queries_equal_the_full_square_forward_and_gradient(window):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    loss = lambda q, k, v: jnp.sum(attention(q, k, v, segment_ids, window=window).astype(jnp.float32) * weights)  # noqa: E731
+    for got, want in zip(tiny.jit(jax.grad(loss, (0, 1, 2)))(*low), wanted, strict=True):
+        assert got.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(got, np.float32) - want) / np.linalg.norm(want)
+        assert error < 2e-2
+
+
+def _products(jaxpr) -> int:
+    """How many dot_generals a jaxpr holds, in whatever it calls too."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += eqn.primitive.name == "dot_general"
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            count += _products(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+def test_what_attention_needs_is_kept_and_not_computed_again():
+    model, params = tiny.model_and_params("qwen3")
+    batch = tiny.packed(1, 128)
+
+    def products(remat):
+        gradient = jax.grad(lambda p: jnp.sum(model.with_(remat=remat).hidden(p, *batch)))
+        return _products(jax.make_jaxpr(gradient)(params).jaxpr)
+
+    assert products("attention") < products("full")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", ["loop", "unrolled"])
 @pytest.mark.parametrize("remat", [name for name in models.REMAT if name != "none"])
-def test_rematerialisation_changes_no_gradient(remat):
+def test_rematerialisation_changes_no_gradient(remat, layers):
     model, params = tiny.model_and_params("qwen3")
     batch = tiny.packed(2, 48)
     weights = np.ones((2, 48), np.float32)
     plain = tiny.jit(jax.grad(functools.partial(_loss, model)))(params, *batch, weights)
-    again = tiny.jit(jax.grad(functools.partial(_loss, model.with_(remat=remat))))(params, *batch, weights)
+    other = model.with_(remat=remat, layers=layers)
+    again = tiny.jit(jax.grad(functools.partial(_loss, other)))(params, *batch, weights)
     _assert_trees_close(again, plain, 5e-6)  # the same numbers, rounded by other fusions
 
 
@@ -145,5 +178,7 @@ def test_unknown_choices_are_refused():
     model, _ = tiny.model_and_params("qwen3")
     with pytest.raises(models.ModelError, match="remat policy 'most' is unknown; known: none, full"):
         model.with_(remat="most")
+    with pytest.raises(models.ModelError, match="layers='some' is unknown; known: auto, loop, unrolled"):
+        model.with_(layers="some")
     with pytest.raises(models.ModelError, match="'flash' is unknown; known: auto, xla, cudnn"):
         model.with_(attention="flash")

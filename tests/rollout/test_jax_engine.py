@@ -56,8 +56,9 @@ def test_equal_prompts_are_run_once_and_change_nothing_bit_for_bit():
     engine._programs.prefill = lambda params, tokens, lengths: (
         prefilled.append(np.count_nonzero(lengths)) or run(params, tokens, lengths)
     )
-    done, _ = generate(engine, wanted)
+    done, stats = generate(engine, wanted)
     assert sum(prefilled) == 2  # warm-up's are empty
+    assert stats["tokens_prefilled"] == len(first.tokens) + len(other.tokens)
     same(generate(make_engine(slots=6), wanted, together=False)[0], done)
     assert len({completion.tokens.tobytes() for completion in done[:5]}) == 5
 
