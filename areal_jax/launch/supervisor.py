@@ -27,7 +27,7 @@ from areal_jax.transport.silence import take_silence
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
 FINAL = (WRONG_SETTING, CANNOT_GO_ON)  # starting the role again changes nothing
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
-SHORTEST_LIFE = 5.0  # who leaves so soon after a leader's start was told to go by the life before
+HURRIED_SECONDS = 10.0  # the same for a leader that was started again not long before
 LAST_SHARE = 0.2  # of the grace period, for those that are told to end after the leaders
 
 
@@ -182,9 +182,12 @@ class Supervisor:
         in its last moments and was started again needs them once more."""
         if process.left_at is None:
             process.left_at = self._clock()
-        leaders = [self._processes[name] for name in self._leaders]
-        again = any(p.deaths and p.started > process.left_at - SHORTEST_LIFE for p in leaders)
-        return not again and self._clock() - process.left_at < self._farewell
+        restarted = [p.started for p in map(self._processes.get, self._leaders) if p.deaths]
+        if any(started >= process.left_at for started in restarted):
+            return False
+        hurry = any(process.left_at - started < self._farewell for started in restarted)
+        patience = min(self._farewell, HURRIED_SECONDS) if hurry else self._farewell
+        return self._clock() - process.left_at < patience
 
     def _after_death(self, process: _Process, code: int) -> Outcome | None:
         role = process.role
@@ -197,6 +200,8 @@ class Supervisor:
             self._tell(f"{role.name} {how}; starting it again ({process.deaths} of {role.restarts})")
             self.restarts += 1
             self._record.add({"time": time.time(), "role": role.name, "how": how})
+            if role.name in self._leaders:
+                self._note_who_has_left()
             self._spawn(process)
             return None
         others = [p for p in self._processes.values() if role.peers and p.role.peers == role.peers and not p.given_up]
@@ -207,6 +212,12 @@ class Supervisor:
             return None
         again = f", {process.deaths} times in a row" if process.deaths > 1 else ""
         return Outcome("failed", f"{role.name} {how}{again}", role.name)
+
+    def _note_who_has_left(self) -> None:
+        """Before a leader is started again: who has left by now was told to go by its life before."""
+        for process in self._processes.values():
+            if process.left_at is None and process.popen is not None and process.popen.poll() == 0:
+                process.left_at = self._clock()
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

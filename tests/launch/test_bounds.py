@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from areal_jax.launch import supervisor as supervisors
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor
 from areal_jax.transport.silence import Silence, report_silence
 
@@ -159,7 +160,8 @@ sys.exit(2 - life and 1)
 
 
 @pytest.mark.parametrize("first", ["trainer", "controller"])  # whose end is noticed first
-def test_a_trainer_that_dies_when_the_others_have_left_gets_them_back_at_once(tmp_path, first):
+def test_a_trainer_that_dies_when_the_others_have_left_gets_them_back_at_once(tmp_path, first, monkeypatch):
+    monkeypatch.setattr(supervisors, "HURRIED_SECONDS", 1e6)
     other, told = tmp_path / "other", []
     leaves = role("controller", LEAVES_ONCE, other, restarts=1)
     trainer = role("trainer", LAST_MOMENT, tmp_path / "lives", other, restarts=1)
@@ -184,6 +186,62 @@ def test_a_trainer_that_dies_when_the_others_have_left_gets_them_back_at_once(tm
     assert sorted(line.partition(";")[0] for line in told[:2]) == [
         "controller ended with exit code 0", "trainer ended with exit code 1",
     ]  # fmt: skip
+
+
+# Leaves once the trainer lives for the second time; its own second life stays.
+LEAVES_LATE = """
+import os, signal, sys, time
+lives, own = sys.argv[1:]
+file = open(own, 'a+'); file.write('x'); file.flush(); file.seek(0)
+if len(file.read()) > 1: signal.pause()
+while not os.path.exists(lives) or os.path.getsize(lives) < 2:
+    time.sleep(0.01)
+"""
+DIES_ONCE = """
+import os, sys, time
+lives, condition = sys.argv[1:]
+file = open(lives, 'a+'); file.write('x'); file.flush(); file.seek(0)
+if len(file.read()) == 1: sys.exit(1)
+while not eval(condition): time.sleep(0.01)
+"""
+
+
+def test_a_trainer_started_again_gets_back_who_leaves_while_it_starts(tmp_path):
+    """They were told to go by its life before, and it does not end soon."""
+    lives, own, told = tmp_path / "lives", tmp_path / "own", []
+    lives.touch(), own.touch()
+
+    class Hurried(Clock):
+        def __call__(self):
+            """A tenth of a second passes with every question once the trainer is back, and an age when all are."""
+            self.ahead += 0.1 * (lives.stat().st_size == 2) + 1e6 * (own.stat().st_size == 2)
+            return super().__call__()
+
+    controller = role("controller", LEAVES_LATE, lives, own, restarts=1)
+    trainer = role("trainer", DIES_ONCE, lives, f"os.path.getsize({str(own)!r}) > 1", restarts=1)
+    options = {"grace": 5, "farewell": 1e6, "tell": told.append, "clock": Hurried()}
+    supervisor = Supervisor([controller, trainer], ["trainer"], tmp_path, **options)
+    assert supervisor.run(interval=0.01).status == "finished"
+    assert [line.partition(";")[0] for line in told[:2]] == [
+        "trainer ended with exit code 1", "controller ended with exit code 0",
+    ]  # fmt: skip
+
+
+def test_who_leaves_with_a_trainer_that_was_started_again_is_not_started_again(tmp_path):
+    lives, own, told = tmp_path / "lives", tmp_path / "own", []
+    controller = role("controller", LEAVES_LATE, lives, own, restarts=1)
+    go, looks = tmp_path / "go", []
+    trainer = role("trainer", DIES_ONCE, lives, f"os.path.exists({str(go)!r})", restarts=1)
+    supervisor = Supervisor([controller, trainer], ["trainer"], tmp_path, grace=5, farewell=60.0, tell=told.append)
+
+    def tick():
+        if told and supervisor._processes["controller"].left_at is not None:
+            looks.append(1)
+        if len(looks) > 3:
+            go.touch()
+
+    assert supervisor.run(tick, interval=0.01).status == "finished"
+    assert [line.partition(";")[0] for line in told] == ["trainer ended with exit code 1"]
 
 
 def test_what_was_started_again_is_on_record(tmp_path):
