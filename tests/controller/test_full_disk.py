@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import errno
 import os
+import shutil
 
 import pytest
 
@@ -38,12 +39,16 @@ class FullDisk(Journal):
 
 
 def run(workdir, train, limit):
-    """A controller with `FullDisk`, a worker, and `train(client, journal)` in a thread; its value, the diagnosis."""
+    """A controller with `FullDisk`, a worker, and `train(client, journal)` in a thread; its value, the diagnosis.
+
+    `journal.core` is the controller's.
+    """
 
     async def body():
         clock = asyncio.get_running_loop().time
         core = Core(dataclasses.replace(CONFIG, disk_limit=limit), RECORDS, [], now=clock())
         journal = FullDisk(workdir)
+        journal.core = core
         async with Server("tcp://127.0.0.1:*", "controller", workdir) as server:
             serving = asyncio.create_task(Service(core, server, "test", clock, journal).run())
             worker = asyncio.create_task(NetWorker("rollout-0", workdir).run())
@@ -110,6 +115,48 @@ def test_a_batch_that_could_not_be_written_is_not_told_when_it_is_asked_for_agai
     assert all(isinstance(reply, m.NotReady) and "cannot be written" in reply.waiting_for for reply in replies)
 
 
+def test_a_state_that_could_not_be_written_is_restored_once_however_often_it_is_sent(tmp_path):
+    def train(client, journal):
+        until(client, m.Publish(manifest(0)), m.Published)
+        batch = until(client, m.GetBatch(0), m.Batch)
+        state = client.request(m.GetState(0), 10).data
+        journal.full = True
+        for _ in range(5):
+            assert isinstance(client.request(m.SetState(version=0, data=state), 10), m.NotReady)
+        lives, unwritten = journal.core.lives, len(journal.core.just_finished)
+        journal.full = False
+        until(client, m.SetState(version=0, data=state), m.Published)
+        until(client, m.Publish(manifest(0)), m.Published)
+        again = until(client, m.GetBatch(0), m.Batch)
+        client.request(m.Finish(), 10)
+        return lives, unwritten, len(batch.groups) - len(again.groups)
+
+    (lives, unwritten, missing), diagnosis = run(tmp_path, train, limit=30.0)
+    assert lives == 1 and missing == 0 and diagnosis is None
+    assert CONFIG.batch_size <= unwritten <= len(RECORDS)  # each finished group waits for room once
+
+
+def test_a_controller_killed_while_the_disk_is_full_is_followed_by_one_that_knows_all_that_was_told(tmp_path):
+    def train(client, journal):
+        until(client, m.Publish(manifest(0)), m.Published)
+        batch = until(client, m.GetBatch(0), m.Batch)
+        journal.full = True
+        assert isinstance(client.request(m.Publish(manifest(1)), 10), m.NotReady)
+        shutil.copytree(tmp_path / "controller", tmp_path / "next" / "controller")  # all that a killed one leaves
+        journal.full = False
+        client.request(m.Finish(), 10)
+        return batch
+
+    batch, _ = run(tmp_path, train, limit=30.0)
+    core = Core(CONFIG, RECORDS, [], incarnation=1)
+    assert Journal(tmp_path / "next").recover(core, 0.0)
+    assert core.version == 0  # nobody was told of version 1
+    told = {group.group: group.samples for group in batch.groups}
+    known = {group.group: group.samples for group in core.get_batch(0, 0.0).groups}
+    assert told.keys() == known.keys() and len(known) == CONFIG.batch_size
+    assert isinstance(core.publish(manifest(1), 0.0), m.Published)
+
+
 def test_a_disk_that_stays_full_ends_the_run_with_a_diagnosis_that_names_the_file(tmp_path):
     def train(client, journal):
         until(client, m.Publish(manifest(0)), m.Published)
@@ -127,10 +174,9 @@ def test_a_write_that_fails_leaves_the_journal_whole_and_no_draft(tmp_path, monk
     journal = Journal(tmp_path)
     journal._write(journal.folder / "ledger", b"before")
     monkeypatch.setattr("areal_jax.controller.journal.os.fdopen", _broken)
-    try:
+    with pytest.raises(OSError, match="No space left on device") as raised:
         journal._write(journal.folder / "ledger", b"after")
-    except OSError as error:
-        assert error.filename == str(journal.folder / "ledger")
+    assert raised.value.filename == str(journal.folder / "ledger")
     assert [(p.name, p.read_bytes()) for p in journal.folder.iterdir() if p.is_file()] == [("ledger", b"before")]
 
 
