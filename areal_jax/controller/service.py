@@ -99,7 +99,7 @@ class Service:
             if (late := now - last - period) > self.core.config.heartbeat_limit / 4:  # stopped, or short of everything
                 self.core.overslept(late, now)
             last = now
-            if self._disk.problem:
+            if self._disk.problem or self.core.trainer_without_room():
                 self.core.held_up(now)
             self.core.tick(now)
             await self._act()
@@ -188,9 +188,13 @@ class Service:
         if isinstance(message, m.GetBatch):
             fresh = message.version not in self.core.handed
             reply = self.core.get_batch(message.version, now)
-            owed = isinstance(reply, m.Batch) and (fresh or self._disk.problem)
-            return self._once_written(reply, now) if owed else reply
-        return self.core.evaluate(message.version, now)
+            if isinstance(reply, m.Batch) and (fresh or self._disk.problem):
+                return self._once_written(reply, now)
+        else:
+            reply = self.core.evaluate(message.version, now)
+        if isinstance(reply, m.NotReady) and self._disk.problem:
+            return m.NotReady(waiting_for=reply.waiting_for, disk=True)
+        return reply
 
     async def _act(self) -> None:
         """Carry out what the core has decided, and answer the requests that can be answered now."""
@@ -251,7 +255,7 @@ class Service:
         """`reply`, if it may be told."""
         if self._write_journal(now) or isinstance(reply, m.Refused):
             return reply
-        return m.NotReady(waiting_for=f"room on the disk: {self._disk.problem}")
+        return m.NotReady(waiting_for=f"room on the disk: {self._disk.problem}", disk=True)
 
     def _write_journal(self, now: float) -> bool:
         done = self._spool(now) and (self._journal is None or self._try(lambda: self._journal.write(self.core), now))

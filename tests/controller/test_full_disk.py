@@ -12,9 +12,10 @@ from areal_jax.controller import service
 from areal_jax.controller.core import Core
 from areal_jax.controller.journal import Journal
 from areal_jax.controller.service import Service
+from areal_jax.disk import NO_ROOM
 from areal_jax.transport import messages as m
 from areal_jax.transport.errors import RequestRefused
-from areal_jax.transport.sockets import Server, SyncClient
+from areal_jax.transport.sockets import Peer, Server, SyncClient
 
 from .simulation import manifest
 from .test_service import CONFIG, RECORDS, NetWorker
@@ -86,7 +87,7 @@ def test_no_batch_and_no_version_is_told_before_it_is_written_and_then_all_goes_
         assert "cannot be written: No space left on device" in refusal.waiting_for
         assert "cannot be written" in client.request(m.GetStatus(), 10).data["disk"]
         for _ in range(3):  # though it has been formed by now
-            assert isinstance(client.request(m.GetBatch(1), 10), m.NotReady)
+            assert client.request(m.GetBatch(1), 10).disk
         journal.full = False
         until(client, m.Publish(manifest(1)), m.Published)
         batch = until(client, m.GetBatch(1), m.Batch)
@@ -168,6 +169,45 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_diagnosis_that_names_the_fil
     refused, diagnosis = run(tmp_path, train, limit=0.5)
     assert str(tmp_path / "controller") in diagnosis and "No space left on device; tried for" in diagnosis
     assert "controller.disk_limit" in diagnosis and refused < 10  # it is not tried all the time
+
+
+def test_whoever_waits_while_the_disk_is_full_is_told_so_whatever_it_waits_for(tmp_path):
+    async def body():
+        core, journal = Core(CONFIG, RECORDS, []), FullDisk(tmp_path)
+        async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
+            service = Service(core, server, "test", lambda: 0.0, journal)
+            journal.full = True
+            assert service._handle(Peer(b"trainer-0"), m.Publish(manifest(0))).disk
+            replies = [service._ask(m.GetBatch(0), 0.0)]
+            journal.full = False
+            service._write_journal(1.0)
+            return [*replies, service._ask(m.GetBatch(0), 1.0)]
+
+    replies = asyncio.run(asyncio.wait_for(body(), 30))
+    assert [("rollout worker" in reply.waiting_for, reply.disk) for reply in replies] == [(True, True), (True, False)]
+
+
+def test_a_trainer_that_waits_for_room_is_not_taken_for_one_that_hangs(tmp_path):
+    """The limit of a full disk is not cut short by that of no progress, though the journal has room."""
+
+    async def body():
+        now, ticked = 0.0, asyncio.Event()
+        core = Core(dataclasses.replace(CONFIG, progress_limit=50.0, heartbeat_limit=1000.0), RECORDS, [])
+        core.hello(m.Hello(role="trainer", name="trainer-0", host="h", pid=1), now)
+        tick = core.tick
+        core.tick = lambda at: (tick(at), ticked.set())
+        async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
+            serving = asyncio.create_task(Service(core, server, "test", lambda: now).run())
+            for phase, seconds in (("checkpointing", 40.0), (NO_ROOM, 60.0), (NO_ROOM, 60.0), ("idle", 60.0)):
+                assert core.stopped is None
+                core.heartbeat(m.Heartbeat(name="trainer-0", phase=phase), now)
+                now += seconds
+                ticked.clear()
+                await ticked.wait()
+            await serving
+        return core.stopped
+
+    assert "controller.progress_limit" in asyncio.run(asyncio.wait_for(body(), 30))
 
 
 def test_a_write_that_fails_leaves_the_journal_whole_and_no_draft(tmp_path, monkeypatch):
