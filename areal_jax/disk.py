@@ -13,6 +13,8 @@ from typing import TypeVar
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 RETRY_SECONDS = 0.5
+_LONGEST_PAUSE = 30.0
+NO_ROOM = "waiting:disk"  # the phase of a process that waits for room
 _RESERVE, _RESERVED = "reserve", 1 << 16  # a file in the run's folder, and its bytes
 
 
@@ -22,7 +24,11 @@ class DiskFull(RuntimeError):
 
 def reserve(workdir: str | os.PathLike) -> None:
     """Keep some room on the disk of the run's folder for what must be said when it is full. Raises `OSError`."""
-    (Path(workdir) / _RESERVE).write_bytes(bytes(_RESERVED))
+    with open(Path(workdir) / _RESERVE, "wb") as file:
+        if hasattr(os, "posix_fallocate"):  # zeros might be kept as no bytes at all
+            os.posix_fallocate(file.fileno(), 0, _RESERVED)
+        else:
+            file.write(bytes(_RESERVED))
 
 
 def release(workdir: str | os.PathLike) -> None:
@@ -59,24 +65,33 @@ def insist(
     limit: float,
     *,
     stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = lambda problem: None,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> T:
     """What `write` returns, once it raises no `OSError`; raises `DiskFull` after `limit` seconds, or when told to stop.
 
-    `write` must be such that it may be called again.
+    `write` must be such that it may be called again. One that takes long is tried less often: a pause is as long as the
+    try was, within limits. `tell` gets what is wrong after each of them, and "" at the end.
     """
     waiting = Waiting(limit)
     while True:
+        began = clock()
         try:
             result = write()
         except OSError as error:
-            if waiting.failed(error, clock()):
+            now = clock()
+            if waiting.failed(error, now):
                 log.warning("%s; trying again for up to %.0f s", waiting.problem, limit)
+            tell(waiting.problem)
             if stop():
                 raise DiskFull(f"told to stop while {waiting.problem}") from error
+            again = now + min(now - began, _LONGEST_PAUSE)
             sleep(RETRY_SECONDS)
+            while clock() < again and not stop():
+                sleep(RETRY_SECONDS)
             continue
         if waiting.succeeded():
             log.warning("the disk takes writes again; going on")
+            tell("")
         return result

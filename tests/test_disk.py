@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from areal_jax.disk import DiskFull, insist
+from areal_jax.disk import DiskFull, insist, release, reserve
 
 NO_ROOM = OSError(errno.ENOSPC, "No space left on device", "/run/trained.jsonl")
 
@@ -12,11 +12,12 @@ NO_ROOM = OSError(errno.ENOSPC, "No space left on device", "/run/trained.jsonl")
 class World:
     """A disk that takes nothing until `room_at` seconds, and a clock that sleeping moves."""
 
-    def __init__(self, room_at):
-        self.now, self.room_at, self.tries = 0.0, room_at, 0
+    def __init__(self, room_at, seconds=0.0):
+        self.now, self.room_at, self.seconds, self.tries = 0.0, room_at, seconds, 0
 
     def write(self):
         self.tries += 1
+        self.now += self.seconds
         if self.now < self.room_at:
             raise NO_ROOM
         return "written"
@@ -47,3 +48,18 @@ def test_who_is_told_to_stop_does_not_wait():
     with pytest.raises(DiskFull, match=r"told to stop while /run/trained\.jsonl"):
         world.insist(10.0, stop=lambda: world.now >= 2.0)
     assert world.now == 2.0
+
+
+def test_what_takes_long_to_write_is_not_written_all_the_time_and_who_watches_is_told():
+    world, told = World(room_at=100.0, seconds=9.0), []
+    assert world.insist(300.0, tell=told.append) == "written"
+    assert world.tries == 7  # not one after the other, which would be 12
+    assert told == ["/run/trained.jsonl cannot be written: No space left on device"] * 6 + [""]
+
+
+def test_room_is_kept_and_given_back(tmp_path):
+    reserve(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept.stat().st_blocks * 512 >= kept.stat().st_size >= 1 << 16
+    release(tmp_path)
+    assert not list(tmp_path.iterdir())

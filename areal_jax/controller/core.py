@@ -12,6 +12,7 @@ from areal_jax.controller.checks import fault
 from areal_jax.controller.fleet import Slot, Worker
 from areal_jax.controller.ledger import FILTERED, Group, LedgerError, consume
 from areal_jax.controller.scheduling import SUSPECT, Scheduler, Send, Silent, Stop
+from areal_jax.disk import NO_ROOM
 from areal_jax.transport import messages as m
 
 __all__ = ["Core", "Send", "Silent", "Stop"]
@@ -357,6 +358,10 @@ class Core(Scheduler):
             worker.heard = min(now, worker.heard + seconds)
         self.progress_at = min(now, self.progress_at + seconds)
         self.telemetry.note(f"the controller itself stood still for {seconds:.0f} s", now)
+
+    def trainer_without_room(self) -> bool:
+        """Whether a trainer says that it waits for room on its disk."""
+        return any(party.role == "trainer" and party.phase == NO_ROOM for party in self.telemetry.parties.values())
 
     def held_up(self, now: float) -> None:
         """Nothing moves just now for a reason that has a limit of its own."""

@@ -47,6 +47,8 @@ class Service:
         self._journaled_at, self._dirty = clock(), False
         self._disk, self._tried_at = Waiting(core.config.disk_limit), 0.0
         self._unsaid: list[Silent] = []  # that could not be written down yet
+        self._say_at = 0.0  # when that is tried again
+        self._restored: m.SetState | None = None  # what the core goes on from, while it could not be written down
         self._peers: dict[str, Peer] = {}  # where each role is reached
         self._names: dict[Peer, str] = {}
         self._replaced: deque[Peer] = deque(maxlen=256)  # rollout workers whose name another process has taken
@@ -97,7 +99,7 @@ class Service:
             if (late := now - last - period) > self.core.config.heartbeat_limit / 4:  # stopped, or short of everything
                 self.core.overslept(late, now)
             last = now
-            if self._disk.problem:
+            if self._disk.problem or self.core.trainer_without_room():
                 self.core.held_up(now)
             self.core.tick(now)
             await self._act()
@@ -130,11 +132,12 @@ class Service:
                 return reply
             case m.Publish():
                 core.heard(peer.name, now)
+                self._restored = None
                 return self._once_written(core.publish(message.manifest, now), now)
             case m.GetState():
                 return core.get_state(message.version)
             case m.SetState():
-                return self._once_written(core.set_state(message, now), now)
+                return self._set_state(message, now)
             case m.GetStatus():
                 return m.Status(data=core.status(now) | self._sockets() | {"disk": self._disk.problem})
             case m.Finish():
@@ -185,9 +188,13 @@ class Service:
         if isinstance(message, m.GetBatch):
             fresh = message.version not in self.core.handed
             reply = self.core.get_batch(message.version, now)
-            owed = isinstance(reply, m.Batch) and (fresh or self._disk.problem)
-            return self._once_written(reply, now) if owed else reply
-        return self.core.evaluate(message.version, now)
+            if isinstance(reply, m.Batch) and (fresh or self._disk.problem):
+                return self._once_written(reply, now)
+        else:
+            reply = self.core.evaluate(message.version, now)
+        if isinstance(reply, m.NotReady) and self._disk.problem:
+            return m.NotReady(waiting_for=reply.waiting_for, disk=True)
+        return reply
 
     async def _act(self) -> None:
         """Carry out what the core has decided, and answer the requests that can be answered now."""
@@ -215,16 +222,40 @@ class Service:
                     self._unsaid.append(action)
                 elif isinstance(action, Send):
                     await self._send(action, now)
-        while self._unsaid and self._try(lambda: self._on_silence(self._unsaid[0]), now):
-            self._unsaid.pop(0)
+        self._report_silence(now)
+
+    def _report_silence(self, now: float) -> None:
+        """Report who hangs, but not who came back before it could be written down; the run can do without for long."""
+        self._unsaid = [silent for silent in self._unsaid if not self.core.knows(silent.name)]
+        if now < self._say_at:
+            return
+        try:
+            while self._unsaid:
+                self._on_silence(self._unsaid[0])
+                self._unsaid.pop(0)
+        except OSError as error:
+            if not self._say_at:
+                self._note(f"that {self._unsaid[0].name} is silent cannot be written down: {error}", now)
+            self._say_at = now + RETRY_SECONDS
+        else:
+            self._say_at = 0.0
 
     # --- What must survive this process -----------------------------------------------------------------------------
+
+    def _set_state(self, message: m.SetState, now: float) -> m.Message:
+        """Go on from the state in `message`, once: asked again because of a full disk, only writing is tried again."""
+        reply = m.Published(version=message.version)
+        if message != self._restored:
+            reply = self.core.set_state(message, now)
+        reply = self._once_written(reply, now)
+        self._restored = message if isinstance(reply, m.NotReady) else None
+        return reply
 
     def _once_written(self, reply: m.Message, now: float) -> m.Message:
         """`reply`, if it may be told."""
         if self._write_journal(now) or isinstance(reply, m.Refused):
             return reply
-        return m.NotReady(waiting_for=f"room on the disk: {self._disk.problem}")
+        return m.NotReady(waiting_for=f"room on the disk: {self._disk.problem}", disk=True)
 
     def _write_journal(self, now: float) -> bool:
         done = self._spool(now) and (self._journal is None or self._try(lambda: self._journal.write(self.core), now))

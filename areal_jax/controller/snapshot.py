@@ -183,6 +183,7 @@ def begin_again(core: Core, ledger: Ledger, version: int) -> None:
         core.cancel(group)
     core.ledger = ledger
     core.buffer.groups.clear()
+    core.just_finished.clear()
     core.handed.clear()
     core.handed_groups.clear()
     core.version, core.next_batch, core.manifest = -1, version, None

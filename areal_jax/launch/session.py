@@ -35,7 +35,9 @@ _KEYS_MAY_CHANGE = {
     },
     "rollout": {"workers", "python", "weights_timeout", "slots", "steps_per_dispatch"},
     "rewards": {"services", "processes", "address", "timeout"},
-    "controller": {"address", "heartbeat_limit", "heartbeat_seconds", "progress_limit", "max_attempts"},
+    "controller": {
+        "address", "heartbeat_limit", "heartbeat_seconds", "progress_limit", "disk_limit", "max_attempts",
+    },
 }  # fmt: skip
 
 

@@ -14,12 +14,14 @@ _KEPT = 1000  # lines that wait for room
 
 class Lines:
     """Appends to the file at `path`, which is made with the first line. Half a line at its end, of a writer that was
-    killed, is cut off first. `problem` says why lines given to `add` are not there yet; "" when all are."""
+    killed, is cut off first. `problem` says why lines given to `add` are not there yet, and how many will never be; ""
+    when all are."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self.problem = ""
-        self._late: deque[Any] = deque(maxlen=_KEPT)
+        self._late: deque[Any] = deque()
+        self._lost = 0
         self._fd, self._size, self._torn = -1, 0, False
 
     def append(self, value: Any) -> None:
@@ -43,7 +45,7 @@ class Lines:
 
     def add(self, value: Any) -> bool:
         """As `append` for what is not worth an end: a line that cannot be written is written with a later one, unless
-        there are too many. Whether all is written."""
+        there are too many: then the oldest is lost. Whether all others are written."""
         self._late.append(value)
         return self._catch_up()
 
@@ -53,10 +55,16 @@ class Lines:
                 self.append(self._late[0])
                 self._late.popleft()
         except OSError as error:
-            self.problem = f"{self.path} cannot be written: {error.strerror}"
+            if len(self._late) > _KEPT:
+                self._late.popleft()
+                self._lost += 1
+            self.problem = f"{self.path} cannot be written: {error.strerror}" + self._losses()
             return False
-        self.problem = ""
+        self.problem = f"{self.path} is not whole" + self._losses() if self._lost else ""
         return True
+
+    def _losses(self) -> str:
+        return f"; {self._lost} lines are lost, as more than {_KEPT} had to wait for room" if self._lost else ""
 
     def close(self) -> None:
         """Let go of the file; `append` would open it again."""

@@ -9,6 +9,7 @@ import signal
 import sys
 
 from areal_jax import config as configs
+from areal_jax.disk import DiskFull, insist
 from areal_jax.metrics.clock import Clock, trace_path
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.rewards.outcome import VerifierError
@@ -30,7 +31,7 @@ async def serve(workdir: str, index: int) -> int:
         recipe,
         name=name,
         pool=VerifierPool(config.processes, config.timeout),
-        server=Server(config.address, name, workdir),
+        server=insist(lambda: Server(config.address, name, workdir), values["controller"]["disk_limit"]),
         connect=lambda hello: Client(name, workdir, hello=hello, timeout=limit),
         clock=clock,
         max_pending=config.max_pending,
@@ -50,7 +51,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s rewards %(levelname)s %(message)s", stream=sys.stderr)
     try:
         sys.exit(asyncio.run(serve(args.workdir, args.index)))
-    except (ValueError, OSError, TransportError, VerifierError) as error:
+    except (ValueError, OSError, DiskFull, TransportError, VerifierError) as error:
         sys.exit(f"rewards-{args.index}: {error}")
 
 

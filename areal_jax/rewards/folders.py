@@ -12,11 +12,21 @@ _PREFIX, _MARKER = "areal-jax-", ".areal-jax-verifier"  # of the folders' names;
 
 
 def make_folder(kind: str = "verifier") -> tuple[str, int]:
-    """A temporary folder, and the descriptor that holds it against `sweep_folders` while this process lives."""
+    """A temporary folder, and the descriptor that holds it against `sweep_folders` while this process lives.
+
+    Raises `OSError`: then there is neither.
+    """
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-")
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    Path(folder, _MARKER).touch()  # not before it is locked: without the marker it is not swept
+    descriptor = -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        Path(folder, _MARKER).touch()  # not before it is locked: without the marker it is not swept
+    except OSError:  # a full disk, say; whoever asks may ask again and again
+        if descriptor >= 0:
+            os.close(descriptor)
+        os.rmdir(folder)
+        raise
     return folder, descriptor
 
 

@@ -5,18 +5,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from areal_jax.disk import RETRY_SECONDS
+from areal_jax.disk import NO_ROOM, RETRY_SECONDS
 from areal_jax.metrics.clock import Clock
 from areal_jax.transport import messages as m
 from areal_jax.transport.errors import EndpointMissing, RequestTimeout, TransportError
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.transport.sockets import HeartbeatThread, SyncClient
 from areal_jax.weights import Publisher
+
+# The tensors of a version, anew with each call; puts what it has measured (seconds by name) into its argument.
+Tensors = Callable[[dict[str, float]], Iterable[tuple[str, np.ndarray]]]
 
 
 class WaitedTooLong(RuntimeError):
@@ -87,6 +90,7 @@ class Link:
         self.name, self.process, self.clock = f"trainer-{process}", process, clock
         self.counters: dict[str, float] = {}
         self.gauges: dict[str, float] = {}
+        self.no_room: dict[str, str] = {}  # what each part of this process cannot write just now; "" where all is well
         self._told_to_stop, self._agree, self._limit, self._patience = told_to_stop, agree, limit, patience
         self._workdir = Path(workdir)
         self._client = SyncClient(self.name, workdir, hello=self._hello)
@@ -100,7 +104,7 @@ class Link:
     def _beat(self) -> m.Heartbeat:
         return m.Heartbeat(
             name=self.name,
-            phase=self.clock.current,
+            phase=NO_ROOM if any(list(self.no_room.values())) else self.clock.current,
             clock=self.clock.totals(),
             counters=dict(self.counters),
             gauges=dict(self.gauges),
@@ -119,7 +123,8 @@ class Link:
     def wait(self, message: m.Message, limit: float, what: str) -> m.AnyMessage:
         """Repeats a request until the answer is not NotReady, in phase "waiting:<what>".
 
-        With several trainer processes all wait for the same thing, and go on, or stop, together.
+        With several trainer processes all wait for the same thing, and go on, or stop, together. The time in which the
+        controller's disk is full does not count: that has a limit of its own.
 
         Raises:
           WaitedTooLong: after `limit` seconds, with the controller's last word.
@@ -139,6 +144,8 @@ class Link:
                     raise Stopped(f"while waiting for {what}")
                 if ready:
                     return reply
+                if getattr(reply, "disk", False):
+                    started = time.monotonic()
                 if time.monotonic() - started > limit:
                     said = getattr(reply, "waiting_for", "the other trainer processes")
                     raise WaitedTooLong(f"waited {limit:.0f} s for {what}; the controller is waiting for {said}")
@@ -162,14 +169,15 @@ class Link:
 class BackgroundPublisher:
     """Publishes versions in a thread of its own, so that the next batch can be fetched and computed meanwhile.
 
-    `join` must be called before the arrays behind the tensors change; it raises what went wrong.
+    `join` must be called before the arrays behind the tensors change; it raises what went wrong. `insist` is given what
+    writes a version and calls it, until it succeeds, as `disk.insist` does.
     """
 
     def __init__(
         self, workdir: str | os.PathLike, *, transport: str, address: str = "tcp://127.0.0.1:*", limit: float = 120.0,
-        patience: float = 1200.0,
+        patience: float = 1200.0, insist: Callable[[Callable[[], m.Manifest]], m.Manifest] = lambda write: write(),
     ):  # fmt: skip
-        self._limit, self._patience = limit, patience
+        self._limit, self._patience, self._insist = limit, patience, insist
         self.publisher = Publisher(workdir, transport=transport, address=address)
         self.manifest: m.Manifest | None = None
         self.timings: dict[str, float] = {}
@@ -178,27 +186,28 @@ class BackgroundPublisher:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(
-        self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], measured: Mapping[str, float]
-    ) -> None:
-        """Begin to publish; returns at once. `measured`: as `Publisher.publish` takes it."""
+    def start(self, version: int, tensors: Tensors) -> None:
+        """Begin to publish; returns at once. `tensors` is called for each try."""
         self.join()
-        arguments = (version, named_tensors, measured, time.time())
+        arguments = (version, tensors, time.time())
         self._thread = threading.Thread(target=self._run, args=arguments, name="publish", daemon=True)
         self._thread.start()
 
-    def publish(
-        self, version: int, named_tensors: Iterable[tuple[str, np.ndarray]], measured: Mapping[str, float]
-    ) -> None:
+    def publish(self, version: int, tensors: Tensors) -> None:
         """Publish and wait until the controller knows."""
         self.join()
-        self._run(version, named_tensors, measured, time.time())
+        self._run(version, tensors, time.time())
         self.join()
 
-    def _run(self, version, named_tensors, measured, at: float) -> None:
+    def _run(self, version: int, tensors: Tensors, at: float) -> None:
         started = time.perf_counter()
+
+        def write() -> m.Manifest:
+            measured: dict[str, float] = {}
+            return self.publisher.publish(version, tensors(measured), published_at=at, measured=measured)
+
         try:
-            self.manifest = self.publisher.publish(version, named_tensors, published_at=at, measured=measured)
+            self.manifest = self._insist(write)
             if self._client is None:
                 self._client = SyncClient("trainer-publisher", self._workdir)
             settle(self._client, self._workdir, m.Publish(manifest=self.manifest), self._limit, self._patience)
@@ -231,7 +240,7 @@ class BackgroundEvaluation:
     def __init__(self, workdir: str | os.PathLike, version: int, limit: float, reply_limit: float = 120.0):
         self._reply_limit = reply_limit
         self.version, self.result, self.problem = version, None, ""
-        self.waiting_for = "the controller"
+        self.waiting_for, self.disk = "the controller", False
         self._workdir, self._limit = workdir, limit
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
@@ -246,7 +255,9 @@ class BackgroundEvaluation:
                     if isinstance(reply, m.EvaluationResult):
                         self.result = reply
                         return
-                    self.waiting_for = getattr(reply, "waiting_for", "")
+                    self.waiting_for, self.disk = getattr(reply, "waiting_for", ""), getattr(reply, "disk", False)
+                    if self.disk:
+                        deadline = time.monotonic() + self._limit
                     if time.monotonic() > deadline:
                         raise WaitedTooLong(
                             f"waited {self._limit:.0f} s; the controller is waiting for {self.waiting_for}"
@@ -262,7 +273,7 @@ class BackgroundEvaluation:
     def poll(self, seconds: float = 0.2) -> m.NotReady | None:
         """NotReady while it runs; waits for at most so many seconds."""
         self._thread.join(seconds)
-        return m.NotReady(waiting_for=self.waiting_for) if self.running else None
+        return m.NotReady(waiting_for=self.waiting_for, disk=self.disk) if self.running else None
 
     def close(self) -> None:
         """Give up waiting."""

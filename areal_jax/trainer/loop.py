@@ -5,11 +5,12 @@ Every process of the trainer runs the same story on the same batches. Process 0 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 
 from areal_jax import models
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.disk import insist
+from areal_jax.disk import NO_ROOM, insist
 from areal_jax.metrics.clock import Clock, idle_fraction, trace_path
 from areal_jax.metrics.config import MetricsConfig
 from areal_jax.metrics.trained import TrainedWriter
@@ -158,9 +159,8 @@ class Training:
         self.guard = Guard(self.workdir if self.first else None, c.guard, c.equal_rewards_limit)
         self.publisher = self.writer = self.trained = None
         if self.first:
-            address = s.controller.address
-            options = {"transport": c.weights_transport, "address": address, "limit": self.reply_limit}
-            options["patience"] = 2 * s.controller.disk_limit
+            options = {"transport": c.weights_transport, "address": s.controller.address, "limit": self.reply_limit}
+            options |= {"patience": 2 * s.controller.disk_limit, "insist": lambda f: self.insist(f, "publisher")}
             self.publisher = BackgroundPublisher(self.workdir, **options)
             self.held.callback(self.publisher.close)
             metrics = (s.metrics.tensorboard, s.metrics.wandb)
@@ -250,18 +250,21 @@ class Training:
     def publish(self, *, wait: bool = False) -> None:
         """Sends the current weights on their way; with several processes all gather, so that they must wait."""
         dtype, version = self.settings.trainer.publish_dtype, self.learner.version
-        measured: dict[str, float] = {}
-        named = models.to_hf(self.learner.model, self.learner.state.params, dtype, timings=measured)
+        model, params = self.learner.model, self.learner.state.params
+
+        def tensors(measured: dict[str, float]) -> Iterator:
+            return models.to_hf(model, params, dtype, timings=measured)
+
         if jax.process_count() > 1 or wait:
             with self.clock.phase("publishing"):
                 if self.publisher is not None:
-                    self.publisher.publish(version, named, measured)
+                    self.publisher.publish(version, tensors)
                 else:
-                    for _ in named:  # takes part in the gathering
+                    for _ in tensors({}):  # takes part in the gathering
                         pass
                 distributed.agree(True, False)  # nobody goes on before the controller knows
         elif self.publisher is not None:
-            self.publisher.start(version, named, measured)
+            self.publisher.start(version, tensors)
 
     def wait_for_publisher(self) -> None:
         """Until nobody reads the old parameters any more."""
@@ -296,22 +299,24 @@ class Training:
             if self.first:
                 self.writer.write(pending.version, report)
 
-    def insist(self, write: Callable[[], Any]) -> None:
-        """Writes what the run cannot do without: a full disk is waited for, while nothing is trained on.
+    def insist(self, write: Callable[[], Any], part: str = "trainer") -> Any:
+        """Writes what the run cannot do without: a full disk is waited for, while nothing is trained on, and the
+        controller is told. `part`: of this process; only "trainer" is its main thread, whose time is counted.
 
         Raises:
           DiskFull: after `controller.disk_limit` seconds.
           OSError: with several processes at once, as the others cannot wait along.
         """
         if jax.process_count() > 1:
-            write()
-            return
+            return write()
 
         def pause(seconds: float) -> None:
-            with self.clock.phase("waiting:disk"):
+            with self.clock.phase(NO_ROOM):
                 time.sleep(seconds)
 
-        insist(write, self.settings.controller.disk_limit, stop=self._told_to_stop, sleep=pause)
+        limit, sleep = self.settings.controller.disk_limit, pause if part == "trainer" else time.sleep
+        tell = functools.partial(self.link.no_room.__setitem__, part)
+        return insist(write, limit, stop=self._told_to_stop, tell=tell, sleep=sleep)
 
     def export(self) -> None:
         """The Hugging Face checkpoint of the present weights."""

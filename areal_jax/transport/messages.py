@@ -200,6 +200,7 @@ class NotReady(Message, tag="not_ready"):
     """Nothing yet; ask again. `waiting_for` names who or what the controller waits for."""
 
     waiting_for: str
+    disk: bool = False  # its disk is full, which has a limit of its own
 
 
 class Publish(Message, tag="publish"):

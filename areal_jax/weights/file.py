@@ -64,7 +64,9 @@ class NewFile:
     def __enter__(self) -> NewFile:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not error.filename:  # of a full disk: for whoever must make room
+            error.filename = str(self._path or self._disk)
         if self._path is None and self._finished:
             return
         os.close(self._fd)
@@ -118,8 +120,13 @@ class NewFile:
             try:
                 fd, path = _create(store.make_private(self._disk))
                 os.lseek(full, 0, os.SEEK_SET)
-                with open(full, "rb", closefd=False) as old, open(fd, "wb", closefd=False) as new:
-                    shutil.copyfileobj(old, new, 4 << 20)
+                try:
+                    with open(full, "rb", closefd=False) as old, open(fd, "wb", closefd=False) as new:
+                        shutil.copyfileobj(old, new, 4 << 20)
+                except BaseException:  # others need the room, and this may be tried again
+                    os.close(fd)
+                    path.unlink()
+                    raise
                 os.close(full)
                 self._fd, self._path = fd, path
             finally:

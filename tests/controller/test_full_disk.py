@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import errno
 import os
+import shutil
 
 import pytest
 
@@ -11,9 +12,10 @@ from areal_jax.controller import service
 from areal_jax.controller.core import Core
 from areal_jax.controller.journal import Journal
 from areal_jax.controller.service import Service
+from areal_jax.disk import NO_ROOM
 from areal_jax.transport import messages as m
 from areal_jax.transport.errors import RequestRefused
-from areal_jax.transport.sockets import Server, SyncClient
+from areal_jax.transport.sockets import Peer, Server, SyncClient
 
 from .simulation import manifest
 from .test_service import CONFIG, RECORDS, NetWorker
@@ -38,12 +40,16 @@ class FullDisk(Journal):
 
 
 def run(workdir, train, limit):
-    """A controller with `FullDisk`, a worker, and `train(client, journal)` in a thread; its value, the diagnosis."""
+    """A controller with `FullDisk`, a worker, and `train(client, journal)` in a thread; its value, the diagnosis.
+
+    `journal.core` is the controller's.
+    """
 
     async def body():
         clock = asyncio.get_running_loop().time
         core = Core(dataclasses.replace(CONFIG, disk_limit=limit), RECORDS, [], now=clock())
         journal = FullDisk(workdir)
+        journal.core = core
         async with Server("tcp://127.0.0.1:*", "controller", workdir) as server:
             serving = asyncio.create_task(Service(core, server, "test", clock, journal).run())
             worker = asyncio.create_task(NetWorker("rollout-0", workdir).run())
@@ -81,7 +87,7 @@ def test_no_batch_and_no_version_is_told_before_it_is_written_and_then_all_goes_
         assert "cannot be written: No space left on device" in refusal.waiting_for
         assert "cannot be written" in client.request(m.GetStatus(), 10).data["disk"]
         for _ in range(3):  # though it has been formed by now
-            assert isinstance(client.request(m.GetBatch(1), 10), m.NotReady)
+            assert client.request(m.GetBatch(1), 10).disk
         journal.full = False
         until(client, m.Publish(manifest(1)), m.Published)
         batch = until(client, m.GetBatch(1), m.Batch)
@@ -110,6 +116,48 @@ def test_a_batch_that_could_not_be_written_is_not_told_when_it_is_asked_for_agai
     assert all(isinstance(reply, m.NotReady) and "cannot be written" in reply.waiting_for for reply in replies)
 
 
+def test_a_state_that_could_not_be_written_is_restored_once_however_often_it_is_sent(tmp_path):
+    def train(client, journal):
+        until(client, m.Publish(manifest(0)), m.Published)
+        batch = until(client, m.GetBatch(0), m.Batch)
+        state = client.request(m.GetState(0), 10).data
+        journal.full = True
+        for _ in range(5):
+            assert isinstance(client.request(m.SetState(version=0, data=state), 10), m.NotReady)
+        lives, unwritten = journal.core.lives, len(journal.core.just_finished)
+        journal.full = False
+        until(client, m.SetState(version=0, data=state), m.Published)
+        until(client, m.Publish(manifest(0)), m.Published)
+        again = until(client, m.GetBatch(0), m.Batch)
+        client.request(m.Finish(), 10)
+        return lives, unwritten, len(batch.groups) - len(again.groups)
+
+    (lives, unwritten, missing), diagnosis = run(tmp_path, train, limit=30.0)
+    assert lives == 1 and missing == 0 and diagnosis is None
+    assert CONFIG.batch_size <= unwritten <= len(RECORDS)  # each finished group waits for room once
+
+
+def test_a_controller_killed_while_the_disk_is_full_is_followed_by_one_that_knows_all_that_was_told(tmp_path):
+    def train(client, journal):
+        until(client, m.Publish(manifest(0)), m.Published)
+        batch = until(client, m.GetBatch(0), m.Batch)
+        journal.full = True
+        assert isinstance(client.request(m.Publish(manifest(1)), 10), m.NotReady)
+        shutil.copytree(tmp_path / "controller", tmp_path / "next" / "controller")  # all that a killed one leaves
+        journal.full = False
+        client.request(m.Finish(), 10)
+        return batch
+
+    batch, _ = run(tmp_path, train, limit=30.0)
+    core = Core(CONFIG, RECORDS, [], incarnation=1)
+    assert Journal(tmp_path / "next").recover(core, 0.0)
+    assert core.version == 0  # nobody was told of version 1
+    told = {group.group: group.samples for group in batch.groups}
+    known = {group.group: group.samples for group in core.get_batch(0, 0.0).groups}
+    assert told.keys() == known.keys() and len(known) == CONFIG.batch_size
+    assert isinstance(core.publish(manifest(1), 0.0), m.Published)
+
+
 def test_a_disk_that_stays_full_ends_the_run_with_a_diagnosis_that_names_the_file(tmp_path):
     def train(client, journal):
         until(client, m.Publish(manifest(0)), m.Published)
@@ -123,14 +171,52 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_diagnosis_that_names_the_fil
     assert "controller.disk_limit" in diagnosis and refused < 10  # it is not tried all the time
 
 
+def test_whoever_waits_while_the_disk_is_full_is_told_so_whatever_it_waits_for(tmp_path):
+    async def body():
+        core, journal = Core(CONFIG, RECORDS, []), FullDisk(tmp_path)
+        async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
+            service = Service(core, server, "test", lambda: 0.0, journal)
+            journal.full = True
+            assert service._handle(Peer(b"trainer-0"), m.Publish(manifest(0))).disk
+            replies = [service._ask(m.GetBatch(0), 0.0)]
+            journal.full = False
+            service._write_journal(1.0)
+            return [*replies, service._ask(m.GetBatch(0), 1.0)]
+
+    replies = asyncio.run(asyncio.wait_for(body(), 30))
+    assert [("rollout worker" in reply.waiting_for, reply.disk) for reply in replies] == [(True, True), (True, False)]
+
+
+def test_a_trainer_that_waits_for_room_is_not_taken_for_one_that_hangs(tmp_path):
+    """The limit of a full disk is not cut short by that of no progress, though the journal has room."""
+
+    async def body():
+        now, ticked = 0.0, asyncio.Event()
+        core = Core(dataclasses.replace(CONFIG, progress_limit=50.0, heartbeat_limit=1000.0), RECORDS, [])
+        core.hello(m.Hello(role="trainer", name="trainer-0", host="h", pid=1), now)
+        tick = core.tick
+        core.tick = lambda at: (tick(at), ticked.set())
+        async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
+            serving = asyncio.create_task(Service(core, server, "test", lambda: now).run())
+            for phase, seconds in (("checkpointing", 40.0), (NO_ROOM, 60.0), (NO_ROOM, 60.0), ("idle", 60.0)):
+                assert core.stopped is None
+                core.heartbeat(m.Heartbeat(name="trainer-0", phase=phase), now)
+                now += seconds
+                ticked.clear()
+                await ticked.wait()
+            await serving
+        return core.stopped
+
+    assert "controller.progress_limit" in asyncio.run(asyncio.wait_for(body(), 30))
+
+
 def test_a_write_that_fails_leaves_the_journal_whole_and_no_draft(tmp_path, monkeypatch):
     journal = Journal(tmp_path)
     journal._write(journal.folder / "ledger", b"before")
     monkeypatch.setattr("areal_jax.controller.journal.os.fdopen", _broken)
-    try:
+    with pytest.raises(OSError, match="No space left on device") as raised:
         journal._write(journal.folder / "ledger", b"after")
-    except OSError as error:
-        assert error.filename == str(journal.folder / "ledger")
+    assert raised.value.filename == str(journal.folder / "ledger")
     assert [(p.name, p.read_bytes()) for p in journal.folder.iterdir() if p.is_file()] == [("ledger", b"before")]
 
 

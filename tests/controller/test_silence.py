@@ -1,13 +1,14 @@
 """Who hangs is found by its silence, and reported so that it can be replaced; who is only late is not."""
 
 import asyncio
+import errno
 
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.controller.core import Core
+from areal_jax.controller.core import Core, Silent
 from areal_jax.controller.service import Service
 from areal_jax.transport import messages as m
 from areal_jax.transport.silence import Silence, report_silence, take_silence
-from areal_jax.transport.sockets import Server
+from areal_jax.transport.sockets import Peer, Server
 
 from .simulation import World
 
@@ -76,6 +77,29 @@ def test_a_controller_that_stood_still_itself_blames_nobody(tmp_path):
             service.end("enough")
             core.goodbye("a", clock())
             await serving
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_who_came_back_before_its_silence_could_be_written_down_is_not_reported(tmp_path):
+    async def body():
+        now, room, told = 0.0, False, []
+
+        def report(silent):
+            if not room:
+                raise OSError(errno.ENOSPC, "No space left on device", "silent/.a")
+            told.append(silent.name)
+
+        core = Core(CONFIG, [{"prompt": "1"}])
+        async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
+            service = Service(core, server, "test", lambda: now, on_silence=report)
+            core.outbox += [Silent(name, "h", 1, 21.0, "generating") for name in ("a", "b")]
+            await service._act()
+            assert not told and service._handle(Peer(b"x"), m.GetStatus()).data["disk"] == ""  # no reason to end
+            room, now = True, 1.0
+            core.hello(m.Hello(role="rollout", name="a", host="h", pid=1, slots=4), now)
+            await service._act()
+            assert told == ["b"]
 
     asyncio.run(asyncio.wait_for(body(), 30))
 

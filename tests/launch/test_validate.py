@@ -196,7 +196,8 @@ def test_the_command_line_says_one_line_and_exits_with_2(checkpoint, tmp_path, c
     assert modes == ["700", "600"]
     assert launcher.main([*options, "--prepare"]) == 0  # again is no error
     others = ["--config.rollout.workers=3", "--config.trainer.data_parallel=-1", "--config.trainer.fsdp=1"]
-    assert launcher.main([*options, *others, "--prepare"]) == 0  # nor are other workers or another mesh
+    others += ["--config.controller.disk_limit=60"]
+    assert launcher.main([*options, *others, "--prepare"]) == 0  # nor are other workers, another mesh or another limit
     assert json.loads((workdir / "config.json").read_text())["rollout"]["workers"] == 3
     capsys.readouterr()
     assert launcher.main([*options, "--config.trainer.learning_rate=1.0"]) == 2

@@ -58,6 +58,18 @@ def test_half_a_line_that_could_not_even_be_taken_back_is_cut_off_later(tmp_path
     assert (tmp_path / "x.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3}\n'
 
 
+def test_lines_beyond_those_that_may_wait_are_counted_and_never_said_to_be_there(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(lines, "_KEPT", 3)
+    file = Lines(tmp_path / "x.jsonl")
+    disk["room"] = 0
+    assert not any([file.add(i) for i in range(5)])
+    lost = "; 2 lines are lost, as more than 3 had to wait for room"
+    assert file.problem.endswith("x.jsonl cannot be written: No space left on device" + lost)
+    disk["room"] = 10**9
+    assert file.add(5) and file.problem.endswith("x.jsonl is not whole" + lost)
+    assert (tmp_path / "x.jsonl").read_text().split() == ["2", "3", "4", "5"]
+
+
 def test_a_long_unfinished_line_of_a_killed_writer_is_cut_off(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"b": "' + "x" * 200_000)
     Lines(tmp_path / "x.jsonl").append({"a": 2})

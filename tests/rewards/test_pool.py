@@ -1,6 +1,7 @@
 """The pool: a score or a named failure, never both; whoever overruns or dies is killed and replaced."""
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -198,6 +199,18 @@ def test_outcomes_travel_as_msgpack():
 def test_the_package_imports_without_jax():
     code = "import sys, areal_jax.rewards; sys.exit(any(m in sys.modules for m in ('jax', 'torch', 'sympy', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_that_finds_no_room_for_its_marker_leaves_nothing(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(folders.Path, "touch", no_room)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="No space left"):
+        folders.make_folder()
+    assert not list(tmp_path.iterdir()) and os.listdir("/proc/self/fd") == before
 
 
 def test_folders_of_a_killed_service_are_swept_and_those_in_use_are_not(tmp_path, monkeypatch):

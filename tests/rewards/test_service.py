@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from areal_jax import config as configs
+from areal_jax.rewards import __main__ as program
 from areal_jax.transport.messages import Goodbye, Heartbeat, Hello, Score, Shutdown, Verify, VerifyFailed, Welcome
 from areal_jax.transport.sockets import Client, Server
 
@@ -175,3 +177,26 @@ def test_several_verifiers_with_weights_and_arguments(tmp_path):
         assert replies[3].metrics["format_penalty/reward"] == -1.0
 
     run(tmp_path, story, **settings)
+
+
+def test_a_service_that_finds_no_room_to_announce_itself_waits(tmp_path, monkeypatch):
+    class FullDisk:
+        tries = 0
+
+        def __new__(cls, *_):
+            cls.tries += 1
+            if cls.tries == 1:
+                raise OSError(errno.ENOSPC, "No space left on device", "endpoints/rewards-0")
+            return "there is room"
+
+    class Service:
+        def __init__(self, recipe, *, server, **_):
+            self.server, self.stop = server, None
+
+        async def run(self):
+            return self.server
+
+    configs.save(configs.resolve({"model": "m", "data": {"train": "arithmetic"}}), tmp_path)
+    monkeypatch.setattr(program, "Server", FullDisk)
+    monkeypatch.setattr(program, "RewardService", Service)
+    assert asyncio.run(program.serve(str(tmp_path), 0)) == "there is room" and FullDisk.tries == 2

@@ -1,17 +1,23 @@
 """The loop against a scripted controller over real sockets: order of events, bounds, files, stop and resume."""
 
+import errno
+import functools
 import json
+import os
+import types
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from areal_jax.config import section
+from areal_jax.disk import NO_ROOM, insist
+from areal_jax.metrics.clock import Clock
 from areal_jax.trainer import loop as loop_lib
 from areal_jax.trainer.batch import StalenessError
 from areal_jax.trainer.config import TrainerConfig
 from areal_jax.trainer.guards import TrainingStopped
-from areal_jax.trainer.link import WaitedTooLong
+from areal_jax.trainer.link import BackgroundPublisher, Link, WaitedTooLong
 from areal_jax.transport import messages as m
 from areal_jax.transport.errors import RequestTimeout
 from areal_jax.transport.silence import take_silence
@@ -104,9 +110,6 @@ def test_what_must_not_be_trained_on_ends_the_run(tmp_path):
 
 
 def test_waiting_for_a_batch_is_bounded_and_names_who_is_awaited(tmp_path):
-    from areal_jax.metrics.clock import Clock
-    from areal_jax.trainer.link import Link
-
     (tmp_path / "run").mkdir()
     controller = fake.FakeController(tmp_path / "run")
     controller._answer = lambda message: (
@@ -119,10 +122,53 @@ def test_waiting_for_a_batch_is_bounded_and_names_who_is_awaited(tmp_path):
         assert clock.totals()["waiting:batch"] > 0
 
 
-def test_a_controller_that_does_not_answer_is_reported_and_the_next_one_is_asked(tmp_path):
-    from areal_jax.metrics.clock import Clock
-    from areal_jax.trainer.link import Link
+def test_the_time_in_which_the_controllers_disk_is_full_does_not_count_against_a_batch(tmp_path):
+    full = m.NotReady(waiting_for="room on the disk", disk=True)
+    replies = [full, full, full, m.NotReady(waiting_for="rollout-1"), m.Batch(version=0, groups=[])]
+    with Link(tmp_path, 0, Clock()) as link, pytest.MonkeyPatch.context() as patch:
+        link.request = lambda message: replies.pop(0)
+        patch.setattr("areal_jax.trainer.link.time", types.SimpleNamespace(monotonic=lambda: 400.0 * -len(replies)))
+        assert link.batch(0, 500.0).version == 0
+        replies = [m.NotReady(waiting_for="rollout-1")] * 5
+        with pytest.raises(WaitedTooLong, match="rollout-1"):
+            link.batch(0, 500.0)
 
+
+def test_a_trainer_without_room_says_so_whatever_it_does(tmp_path):
+    with Link(tmp_path, 0, Clock("checkpointing")) as link:
+        link.no_room["publisher"] = "weights/part cannot be written"
+        assert link._beat().phase == NO_ROOM
+        link.no_room["publisher"] = ""
+        assert link._beat().phase == "checkpointing"
+
+
+def test_a_version_that_finds_no_room_is_written_again_as_a_whole(tmp_path, monkeypatch):
+    write, made = os.pwrite, []
+
+    def limited(fd, data, offset):
+        if len(made) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data, offset)
+
+    def tensors(measured):
+        measured["gather"] = 1.0
+        made.append(measured)
+        return iter([("w", np.arange(4, dtype=np.float32))])
+
+    monkeypatch.setattr("areal_jax.weights.file.os.pwrite", limited)
+    controller = fake.FakeController(tmp_path)
+    with controller:
+        problems = []
+        wait = functools.partial(insist, limit=60.0, sleep=lambda seconds: None, tell=problems.append)
+        publisher = BackgroundPublisher(tmp_path, transport="disk", limit=10.0, insist=wait)
+        publisher.start(0, tensors)
+        publisher.join()
+        publisher.close()
+    assert len(made) == 3 and controller.versions[0]["w"].tolist() == [0, 1, 2, 3]
+    assert problems == [f"{tmp_path / 'weights' / 'part'} cannot be written: No space left on device"] * 2 + [""]
+
+
+def test_a_controller_that_does_not_answer_is_reported_and_the_next_one_is_asked(tmp_path):
     report = tmp_path / "silent" / "controller"
     controller = fake.FakeController(tmp_path)
     controller._answer = lambda message: (  # it hangs until it is reported; then another takes its place
@@ -136,13 +182,11 @@ def test_a_controller_that_does_not_answer_is_reported_and_the_next_one_is_asked
 
 
 def test_a_publisher_reports_a_controller_that_does_not_answer_too(tmp_path):
-    from areal_jax.trainer.link import BackgroundPublisher
-
     controller = fake.FakeController(tmp_path)
     controller._answer = lambda message: None
     with controller:
         publisher = BackgroundPublisher(tmp_path, transport="disk", limit=0.2)
         with pytest.raises(RequestTimeout):
-            publisher.publish(0, [("w", np.zeros(2, np.float32))], {})
+            publisher.publish(0, lambda measured: [("w", np.zeros(2, np.float32))])
         publisher.close()
     assert take_silence(tmp_path, "controller").by == "trainer-publisher"

@@ -15,6 +15,7 @@ import pytest
 
 from areal_jax.transport.messages import Manifest, Publish, decode, encode
 from areal_jax.weights import Publisher, WeightsRefused, cleanup, open_version, same_layout, store
+from areal_jax.weights.file import NewFile
 
 
 def tensors(seed=0, scale=1):
@@ -286,3 +287,16 @@ def test_another_host_is_told_what_to_do(publisher):
     else:
         with open_version(manifest, host="elsewhere") as version:
             same(version, tensors())
+
+
+def test_a_move_to_a_full_disk_leaves_neither_a_file_nor_a_descriptor_that_holds_the_room(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr("areal_jax.weights.file.os.pwrite", no_room)
+    monkeypatch.setattr("areal_jax.weights.file.shutil.copyfileobj", no_room)
+    with pytest.raises(OSError, match="No space") as raised, NewFile(store.SHARED_MEMORY, tmp_path / "w") as file:
+        file.write(memoryview(b"x"), 0)
+    assert raised.value.filename == str(tmp_path / "w") and not list((tmp_path / "w").iterdir())
+    assert os.listdir("/proc/self/fd") == before

@@ -88,7 +88,7 @@ class Run(judge.Watched):
         super().__init__(folder / "run", folder / "tmp")
         self.fault, self.folder = fault, folder
         self.random = random.Random(f"{fault.role}/{fault.action}/{seed}")
-        self.where, self.struck = "", False
+        self.where, self.struck, self.hung = "", False, False
         self.fired, self.ballast = folder / "fired", self.workdir / "ballast"
         self.compile_cache = ""
 
@@ -96,7 +96,7 @@ class Run(judge.Watched):
 
     def begin(self, compile_cache: str) -> None:
         """Start the launcher."""
-        f, self.compile_cache = self.fault, compile_cache
+        f, self.compile_cache, self.hung = self.fault, compile_cache, False
         spec = {"point": f.point, "action": f.action, "visit": f.visit, "seconds": f.seconds, "fired": str(self.fired)}
         plan = {
             "workdir": str(self.workdir), "settings": f.settings | {"launch.compile_cache": compile_cache},
@@ -108,11 +108,12 @@ class Run(judge.Watched):
     def wait(self) -> int | None:
         """The launcher's exit code; None when it had to be killed because it did not end."""
         try:
-            return self.launcher.wait(LIMIT)
+            self.launcher.wait(LIMIT)
         except subprocess.TimeoutExpired:
+            self.hung = True
             self.launcher.kill()
             self.launcher.wait()
-            return None
+        return None if self.hung else self.launcher.returncode
 
     def log(self) -> str:
         path = self.folder / "launcher.log"
@@ -170,7 +171,7 @@ def run(fault: Fault, folder: Path, seed: int = 0, compile_cache: str = "") -> O
                 fault.story(run)
             code = run.wait()
             run.struck |= run.fired.exists()
-            again = fault.launcher_dies and run.struck and code not in (0, 1, 2)
+            again = fault.launcher_dies and run.struck and code is not None and code not in (0, 1, 2)
             if fault.ends:
                 again = code == 1 and fault.ends in run.log()
                 problems += [] if again else [f"exit code {code}, and no {fault.ends!r}: {tail(run)}"]

@@ -104,8 +104,8 @@ def from_outside() -> list[Fault]:
     slow = {"rewards.verifiers": ["tools.faults.stories:slow"], "rewards.timeout": 1.0, "rewards.processes": 4}
     faults += [
         Fault(
-            role="rewards", action="slow", story=stories.nothing, what="every answer takes long, some for ever",
-            settings=slow, restarts=0,
+            role="rewards", action="slow", story=stories.failed("verifier_timeout"),
+            what="every answer takes long, some for ever", settings=slow, restarts=0,
         ),
         Fault(
             role="controller", action="port taken", story=stories.nothing, what="from the start",

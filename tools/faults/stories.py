@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import socket
 import sys
@@ -62,7 +63,8 @@ class Wire:
         self._target = read_endpoint(run.workdir, server)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self.open, self.losing, self.lost = True, False, 0
+        self.open, self.losing = True, False
+        self.lost = self.held = 0  # bytes
         self._clear = threading.Event()
         self._clear.set()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -85,6 +87,7 @@ class Wire:
     def _pass(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                self.held += 0 if self._clear.is_set() else len(data)
                 self._clear.wait()
                 if self.losing:
                     self.lost += len(data)
@@ -150,8 +153,8 @@ def bad_network(server: str, how: str) -> Callable[[Run], None]:
                     wire.hold()
                     pause(1.0, 4.0)
                     wire.release()
-            run.where = f"{times} times" + (f", {wire.lost} bytes lost" if how == "dropped" else "")
-            run.struck = times > 0
+            done, much = ("lost", wire.lost) if how == "dropped" else ("held", wire.held)
+            run.where, run.struck = f"{times} times, {much} bytes {done}", much > 0
             run.wait()
         finally:
             wire.close()
@@ -178,6 +181,18 @@ def taken_port() -> int:
 def nothing(run: Run) -> None:
     """The fault is in the settings."""
     run.struck = True
+
+
+def failed(error: str) -> Callable[[Run], None]:
+    """The fault is in the settings, and has come about if samples failed by this error."""
+
+    def story(run: Run) -> None:
+        run.wait()
+        with contextlib.suppress(OSError):
+            times = json.loads((run.workdir / "summary.json").read_text())["failed"].get(error, 0)
+            run.where, run.struck = f"{times} times", times > 0
+
+    return story
 
 
 def port_is_gone(run: Run) -> None:

@@ -1,0 +1,92 @@
+"""A fault counts as tried only if it did come about, and a launcher that hangs is not one that was killed."""
+
+import json
+import random
+import socket
+import sys
+import types
+
+import pytest
+
+from areal_jax.transport.endpoints import read_endpoint, split_address, write_endpoint
+from tools.faults import harness, stories
+from tools.faults.harness import Fault, Run
+from tools.faults.matrix import all_faults
+
+
+class Quick:
+    """A run that goes on for as long as a story wants, and whose pauses take no time."""
+
+    def __init__(self, workdir):
+        self.workdir, self.struck, self.random = workdir, False, random.Random(0)
+        self.random.uniform = lambda low, high: 0.0
+        self.launcher = types.SimpleNamespace(poll=lambda: None)
+        self.wait = lambda: 0
+
+    def until(self, condition, seconds=0.0):
+        while not condition():
+            pass
+        return True
+
+
+@pytest.fixture
+def server(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        write_endpoint(tmp_path, "controller", f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        yield listener
+
+
+@pytest.mark.parametrize("how", ["dropped", "delayed"])
+@pytest.mark.parametrize("used", [True, False])
+def test_a_network_that_nobody_used_did_not_fail(tmp_path, server, monkeypatch, how, used):
+    class Wire(stories.Wire):
+        def lose(self):
+            super().lose()
+            self._send(lambda: self.lost)
+
+        def hold(self):
+            super().hold()
+            self._send(lambda: self.held)
+
+        def _send(self, bytes_seen):
+            host, port = split_address(read_endpoint(tmp_path, "controller"))
+            if used:
+                with socket.create_connection((host, int(port))) as client:
+                    client.sendall(b"hello")
+                    while not bytes_seen():
+                        pass
+
+    monkeypatch.setattr(stories, "Wire", Wire)
+    run = Quick(tmp_path)
+    stories.bad_network("controller", how)(run)
+    assert run.struck is used
+
+
+@pytest.mark.parametrize("failed", [{"verifier_timeout": 3}, {"verifier_exception": 3}])
+def test_a_verifier_is_slow_if_it_was_too_slow(tmp_path, failed):
+    (fault,) = [fault for fault in all_faults() if fault.action == "slow"]
+    (tmp_path / "summary.json").write_text(json.dumps({"failed": failed}))
+    run = Quick(tmp_path)
+    fault.story(run)
+    assert run.struck is ("verifier_timeout" in failed)
+
+
+def test_a_launcher_that_hangs_is_not_taken_for_one_that_was_killed(tmp_path, monkeypatch):
+    begun = []
+
+    def begin(self, compile_cache):
+        begun.append(compile_cache)
+        hangs = [sys.executable, "-c", "import signal; signal.pause()"]
+        self.launcher = self.start(hangs, self.folder / "launcher.log")
+
+    monkeypatch.setattr(Run, "begin", begin)
+    monkeypatch.setattr(harness, "LIMIT", 0.1)
+    monkeypatch.setattr(Run, "left_behind", lambda self, seconds, finished: [])
+
+    def waits_too(run):
+        run.wait()
+        run.struck = True
+
+    fault = Fault(role="launcher", action="kill", story=waits_too, what="x", launcher_dies=True)
+    outcome = harness.run(fault, tmp_path / "x")
+    assert outcome.problems == ["the run did not end within 0 s"] and len(begun) == 1
