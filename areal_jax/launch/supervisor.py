@@ -27,7 +27,7 @@ from areal_jax.transport.silence import take_silence
 STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
 FINAL = (WRONG_SETTING, CANNOT_GO_ON)  # starting the role again changes nothing
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
-SHORTEST_LIFE = 5.0  # who leaves so soon after a leader's start was told to go by the life before
+SHORTEST_LIFE = 10.0  # who leaves so soon after a leader's start (LAST_WORDS and more) was told to by the life before
 LAST_SHARE = 0.2  # of the grace period, for those that are told to end after the leaders
 
 

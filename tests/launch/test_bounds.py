@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from areal_jax.controller.service import LAST_WORDS
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor
 from areal_jax.transport.silence import Silence, report_silence
 
@@ -184,6 +185,18 @@ def test_a_trainer_that_dies_when_the_others_have_left_gets_them_back_at_once(tm
     assert sorted(line.partition(";")[0] for line in told[:2]) == [
         "controller ended with exit code 0", "trainer ended with exit code 1",
     ]  # fmt: skip
+
+
+def test_a_controller_that_leaves_when_its_last_words_are_said_was_told_to_go_by_the_life_before(tmp_path):
+    """A trainer that is killed right after it said that all is done can be back before those begin."""
+    supervisor = Supervisor([role("controller", FOREVER), role("trainer", FOREVER)], ["trainer"], tmp_path)
+    controller, trainer = supervisor._processes.values()
+    trainer.deaths, trainer.started = 1, 100.0
+    controller.left_at = now = 100.0 + LAST_WORDS + 2.0
+    supervisor._clock = lambda: now
+    assert not supervisor._may_leave(controller)
+    trainer.deaths = 0
+    assert supervisor._may_leave(controller)
 
 
 def test_what_was_started_again_is_on_record(tmp_path):
