@@ -189,7 +189,8 @@ class Supervisor:
     def _after_death(self, process: _Process, code: int) -> Outcome | None:
         role = process.role
         self._sweep(process)
-        if self._clock() - process.started - process.silent > STABLE_SECONDS:
+        ended = self._clock() if process.left_at is None else process.left_at
+        if ended - process.started - process.silent > STABLE_SECONDS:
             process.deaths = 0
         process.deaths += 1
         how = describe_exit(code)

@@ -199,6 +199,21 @@ def test_a_controller_that_leaves_when_its_last_words_are_said_was_told_to_go_by
     assert supervisor._may_leave(controller)
 
 
+def test_the_wait_for_the_trainer_of_one_that_left_too_early_does_not_count_as_life(tmp_path):
+    clock = Clock()
+    roles = [role("trainer", FOREVER), role("rewards-0", "pass", restarts=2, peers="rewards")]
+    supervisor = Supervisor(roles, ["trainer"], tmp_path, grace=5, farewell=61.0, tell=lambda _: None, clock=clock)
+
+    def tick():
+        if supervisor._processes["rewards-0"].left_at is not None:
+            clock.ahead += 61.0
+        if supervisor.restarts > 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    outcome = supervisor.run(tick, interval=0.01)
+    assert outcome == Outcome("failed", "rewards-0 ended with exit code 0, 3 times in a row", "rewards-0")
+
+
 def test_what_was_started_again_is_on_record(tmp_path):
     import json
 
