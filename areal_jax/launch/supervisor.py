@@ -7,6 +7,7 @@ supervisor itself be killed. This module knows processes and signals; what the r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from areal_jax.exits import CANNOT_GO_ON, TOLD_TO_STOP, WRONG_SETTING
 from areal_jax.launch import child
-from areal_jax.launch.guardian import end_groups, send
+from areal_jax.launch.guardian import CLEANER_SECONDS, end_groups, send
 from areal_jax.metrics.lines import Lines
 from areal_jax.transport.endpoints import endpoint_mark
 from areal_jax.transport.silence import take_silence
@@ -69,6 +70,7 @@ class _Process:
         self.silent = 0.0  # the seconds of its life that it hung
         self.deaths = 0
         self.given_up = False
+        self.swept = False  # nothing is left of its group, whose number may be another's by now
         self.left_at: float | None = None  # when it was first seen to have ended well
 
 
@@ -254,10 +256,14 @@ class Supervisor:
             self._guardian = None
 
     def _sweep(self, process: _Process) -> None:
-        """Kill what is left of a role's process group, and reap the role."""
+        """Kill what is left of a role's process group, and reap the role; a process that cannot be killed stays."""
+        if process.swept:
+            return
         end_groups([process.popen.pid], 0.0)
-        process.popen.wait()
-        self._note(f"-{process.popen.pid}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.popen.wait(CLEANER_SECONDS)
+            process.swept = True
+            self._note(f"-{process.popen.pid}")
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -271,7 +277,7 @@ class Supervisor:
                 (*prepare, *role.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=role.env, process_group=0,
             )  # fmt: skip
-        process.started, process.silent, process.left_at = self._clock(), 0.0, None
+        process.started, process.silent, process.left_at, process.swept = self._clock(), 0.0, None, False
         self._note(f"+{process.popen.pid}")
 
     def _note(self, line: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from areal_jax.controller.service import LAST_WORDS
+from areal_jax.launch import guardian
+from areal_jax.launch import supervisor as supervisor_module
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor
 from areal_jax.transport.silence import Silence, report_silence
 
@@ -140,6 +143,53 @@ def test_no_named_semaphore_of_a_killed_process_stays(tmp_path, end):
     assert supervisor.run(tick, interval=0.01).role == "rollout-0"
     assert seen or named.exists()
     assert not Path(named.read_text()).exists()
+
+
+def test_a_process_that_cannot_be_killed_is_not_waited_for_for_ever(monkeypatch):
+    """Nor may it be ours: it sits beside a cleaner, in a call that does not return."""
+    sent, seconds = [], iter(range(1000))
+    monkeypatch.setattr(guardian, "members", lambda group: [11, 12])
+    monkeypatch.setattr(guardian, "_command", lambda pid: guardian.CLEANER if pid == 11 else b"python")
+    monkeypatch.setattr(guardian.time, "monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr(guardian.time, "sleep", lambda _: next(seconds))
+    monkeypatch.setattr(guardian, "send", lambda group, number: sent.append((group, number)))
+
+    def kill(pid, number):
+        assert pid == 12
+        raise PermissionError
+
+    monkeypatch.setattr(guardian.os, "kill", kill)
+    guardian.end_groups([10], 0.0)
+    assert sent == [(10, signal.SIGKILL)] and next(seconds) < 20
+
+
+class Unkillable:
+    """A process that has been sent SIGKILL and is there still."""
+
+    pid, returncode = 10, None
+
+    def poll(self):
+        return self.returncode
+
+    def wait(self, timeout):
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("x", timeout)
+
+
+def test_a_process_group_is_killed_once_and_not_when_its_number_may_be_anothers(tmp_path, monkeypatch):
+    killed = []
+    monkeypatch.setattr(supervisor_module, "end_groups", lambda groups, grace: killed.extend(groups))
+    supervisor = Supervisor([role("rollout-0", FOREVER)], [], tmp_path)
+    (process,) = supervisor._processes.values()
+    process.popen = Unkillable()
+    for _ in range(2):
+        supervisor._sweep(process)
+    assert killed == [10, 10]  # it is ours still
+    process.popen.returncode = -9
+    for _ in range(2):
+        supervisor._sweep(process)
+    supervisor._kill_all()
+    assert killed == [10, 10, 10]
 
 
 LEAVES_ONCE = """
