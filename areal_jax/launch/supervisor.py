@@ -121,11 +121,7 @@ class Supervisor:
         """Start the guardian and every role. What is started again later is noted in `WORKDIR/restarts.jsonl`."""
         self._logs.mkdir(parents=True, exist_ok=True)
         self._record = Lines(self._workdir / "restarts.jsonl")
-        guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace), str(self._workdir)]
-        held = () if self._lock is None else (self._lock,)
-        self._guardian = subprocess.Popen(
-            (*guard, *map(str, held)), stdin=subprocess.PIPE, text=True, process_group=0, env=_own_env(), pass_fds=held
-        )
+        self._guard()
         for process in self._processes.values():
             self._spawn(process)
 
@@ -137,6 +133,10 @@ class Supervisor:
         """Notice what ended since the last look, start it again where that is allowed; the outcome when it is over."""
         if self._signals:
             return Outcome("stopped", "told to stop")
+        if self._guardian.poll() is not None:
+            self._tell(f"the guardian {describe_exit(self._guardian.returncode)}; starting another")
+            self._guardian.stdin.close()
+            self._guard()
         if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
             return Outcome("finished")
         for process in self._processes.values():
@@ -280,10 +280,21 @@ class Supervisor:
         process.started, process.silent, process.left_at, process.swept = self._clock(), 0.0, None, False
         self._note(f"+{process.popen.pid}")
 
+    def _guard(self) -> None:
+        """Start a guardian and tell it what runs."""
+        guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace), str(self._workdir)]
+        held = () if self._lock is None else (self._lock,)
+        self._guardian = subprocess.Popen(
+            (*guard, *map(str, held)), stdin=subprocess.PIPE, bufsize=0, process_group=0, env=_own_env(), pass_fds=held
+        )
+        for process in self._processes.values():
+            if process.popen is not None and not process.swept:
+                self._note(f"+{process.popen.pid}")
+
     def _note(self, line: str) -> None:
         if self._guardian is not None:
-            self._guardian.stdin.write(line + "\n")
-            self._guardian.stdin.flush()
+            with contextlib.suppress(OSError):  # it is dead, and another will be told of all that runs
+                self._guardian.stdin.write(f"{line}\n".encode())
 
     def _on_signal(self, *_) -> None:
         self._signals += 1
