@@ -22,10 +22,11 @@ from areal_jax.exits import CANNOT_GO_ON, TOLD_TO_STOP, WRONG_SETTING
 from areal_jax.launch import child
 from areal_jax.launch.guardian import CLEANER_SECONDS, end_groups, send
 from areal_jax.metrics.lines import Lines
+from areal_jax.metrics.trained import last_trained
 from areal_jax.transport.endpoints import endpoint_mark
 from areal_jax.transport.silence import take_silence
 
-STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
+STABLE_SECONDS = 60.0  # a role that has lived for so long (a leader: and got further) has its restarts forgiven
 FINAL = (WRONG_SETTING, CANNOT_GO_ON)  # starting the role again changes nothing
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
 SHORTEST_LIFE = 10.0  # who leaves so soon after a leader's start (LAST_WORDS and more) was told to by the life before
@@ -69,6 +70,7 @@ class _Process:
         self.announced = not role.announces
         self.silent = 0.0  # the seconds of its life that it hung
         self.deaths = 0
+        self.reached = -1  # the furthest step at a death of it
         self.given_up = False
         self.swept = False  # nothing is left of its group, whose number may be another's by now
         self.left_at: float | None = None  # when it was first seen to have ended well
@@ -192,7 +194,7 @@ class Supervisor:
         role = process.role
         self._sweep(process)
         ended = self._clock() if process.left_at is None else process.left_at
-        if ended - process.started - process.silent > STABLE_SECONDS:
+        if self._got_further(process) and ended - process.started - process.silent > STABLE_SECONDS:
             process.deaths = 0
         process.deaths += 1
         how = describe_exit(code)
@@ -210,6 +212,13 @@ class Supervisor:
             return None
         again = f", {process.deaths} times in a row" if process.deaths > 1 else ""
         return Outcome("failed", f"{role.name} {how}{again}", role.name)
+
+    def _got_further(self, process: _Process) -> bool:
+        """A trainer that takes a minute to load and compile may die of the same batch every time."""
+        if process.role.name not in self._leaders:
+            return True
+        before, process.reached = process.reached, max(process.reached, last_trained(self._workdir))
+        return process.reached > before
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

@@ -264,6 +264,35 @@ def test_the_wait_for_the_trainer_of_one_that_left_too_early_does_not_count_as_l
     assert outcome == Outcome("failed", "rewards-0 ended with exit code 0, 3 times in a row", "rewards-0")
 
 
+# Each life makes the steps up to a version and dies.
+DIES_AT = """
+import json, sys
+workdir, versions = sys.argv[1], sys.argv[2:]
+file = open(workdir + '/lives', 'a+'); file.write('x'); file.seek(0)
+with open(workdir + '/trained.jsonl', 'a') as steps:
+    version = int(versions[len(file.read()) - 1])
+    steps.write(json.dumps({'version': version, 'groups': []}) + chr(10))
+sys.exit(9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("versions", "lives"), [((3, 3, 4), 2), ((3, 4, 4, 5), 3), ((3, 4, 5, 5), 4), ((3, 4, 2, 9), 3)]
+)  # fmt: skip
+def test_a_trainer_that_dies_at_the_same_step_is_not_started_for_ever_however_long_it_takes(tmp_path, versions, lives):
+    clock = Clock()
+    trainer = role("trainer", DIES_AT, tmp_path, *versions, restarts=1)
+    supervisor = Supervisor([trainer], ["trainer"], tmp_path, grace=5, tell=lambda _: None, clock=clock)
+
+    def tick():
+        os.waitid(os.P_PID, supervisor.pid("trainer"), os.WEXITED | os.WNOWAIT)
+        assert len((tmp_path / "lives").read_text()) <= lives
+        clock.ahead += 61.0
+
+    assert supervisor.run(tick, interval=0.0).reason == "trainer ended with exit code 9, 2 times in a row"
+    assert len((tmp_path / "lives").read_text()) == lives
+
+
 def test_what_was_started_again_is_on_record(tmp_path):
     import json
 
