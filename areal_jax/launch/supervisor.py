@@ -23,7 +23,7 @@ from areal_jax.launch import child
 from areal_jax.launch.guardian import CLEANER_SECONDS, end_groups, send
 from areal_jax.metrics.lines import Lines
 from areal_jax.metrics.trained import last_trained
-from areal_jax.transport.endpoints import endpoint_mark
+from areal_jax.transport.endpoints import endpoint_mark, starting_mark
 from areal_jax.transport.silence import take_silence
 
 STABLE_SECONDS = 60.0  # a role that has lived for so long (a leader: and got further) has its restarts forgiven
@@ -68,7 +68,10 @@ class _Process:
         self.started = 0.0
         self.before: object = None  # its endpoint's mark when it was started
         self.announced = not role.announces
+        self.sign: object = None  # its last one of getting on with its start
+        self.heard = 0.0  # when that came
         self.silent = 0.0  # the seconds of its life that it hung
+        self.fault = ""  # why it was killed by us
         self.deaths = 0
         self.reached = -1  # the furthest step at a death of it
         self.given_up = False
@@ -79,7 +82,7 @@ class _Process:
 class Supervisor:
     """Runs `roles`; the one named first in `leaders` decides: when all leaders ended well, the run is finished. `grace`
     is what all get together to end when told to, `farewell` what lies between the ends of roles that go by themselves.
-    A server that has not announced its address `announce_limit` seconds after its start is taken for one that hangs.
+    A server that neither announces its address nor says for `announce_limit` seconds that it is `still_starting` hangs.
 
     `tell(text)` gets one line per event (a restart, the reason of an end). `lock` is the descriptor of a locked file
     that stays locked until nothing of the run is left, whatever becomes of this process.
@@ -163,23 +166,27 @@ class Supervisor:
             return
         same = (silence.host, silence.pid) == (socket.gethostname(), process.popen.pid)
         if same or (not silence.pid and self._clock() - process.started > silence.seconds):
-            process.silent = silence.seconds
-            self._tell(
-                f"{process.role.name} is killed: {silence.by} has heard nothing from it for {silence.seconds:.0f} s "
-                f"(it was {silence.phase})"
-            )
-            self._sweep(process)
+            heard = f"{silence.by} has heard nothing from it for {silence.seconds:.0f} s (it was {silence.phase})"
+            self._replace(process, silence.seconds, heard)
 
     def _end_if_unannounced(self, process: _Process) -> None:
         """A server that nobody can find hangs as well, and nobody else can know which process it is."""
         if process.announced:
             return
-        process.announced = endpoint_mark(self._workdir, process.role.name) != process.before
-        lived = self._clock() - process.started
-        if not process.announced and lived > self._announce_limit:
-            process.silent, process.announced = lived, True
-            self._tell(f"{process.role.name} is killed: it has not announced its address within {lived:.0f} s")
-            self._sweep(process)
+        name, now = process.role.name, self._clock()
+        process.announced = endpoint_mark(self._workdir, name) != process.before
+        if (sign := starting_mark(self._workdir, name)) != process.sign:
+            process.sign, process.heard = sign, now
+        if not process.announced and now - process.heard > self._announce_limit:
+            process.announced = True
+            fault = f"no address and no sign of its start for {now - process.heard:.0f} s (launch.announce_limit)"
+            self._replace(process, now - process.started, fault)
+
+    def _replace(self, process: _Process, silent: float, fault: str) -> None:
+        """Kill a role that hangs; what follows is what follows any death."""
+        process.silent, process.fault = silent, fault
+        self._tell(f"{process.role.name} is killed: {fault}")
+        self._sweep(process)
 
     def _may_leave(self, process: _Process) -> bool:
         """At the end of a run, the others are told to go and may be gone shortly before the trainer; but one that died
@@ -197,7 +204,7 @@ class Supervisor:
         if self._got_further(process) and ended - process.started - process.silent > STABLE_SECONDS:
             process.deaths = 0
         process.deaths += 1
-        how = describe_exit(code)
+        how = f"was killed by the launcher: {process.fault}" if process.fault else describe_exit(code)
         if process.deaths <= role.restarts and code not in FINAL:
             self._tell(f"{role.name} {how}; starting it again ({process.deaths} of {role.restarts})")
             self.restarts += 1
@@ -280,13 +287,15 @@ class Supervisor:
         role = process.role
         if role.announces:
             process.before, process.announced = endpoint_mark(self._workdir, role.name), False
+            process.sign = starting_mark(self._workdir, role.name)
         with open(self._logs / f"{role.name}.log", "ab") as log:
             prepare = (sys.executable, "-S", child.__file__, str(os.getpid()), str(role.nice))
             process.popen = subprocess.Popen(
                 (*prepare, *role.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=role.env, process_group=0,
             )  # fmt: skip
-        process.started, process.silent, process.left_at, process.swept = self._clock(), 0.0, None, False
+        process.started = process.heard = self._clock()
+        process.silent, process.fault, process.left_at, process.swept = 0.0, "", None, False
         self._note(f"+{process.popen.pid}")
 
     def _guard(self) -> None:

@@ -14,6 +14,7 @@ from areal_jax.controller.service import LAST_WORDS
 from areal_jax.launch import guardian
 from areal_jax.launch import supervisor as supervisor_module
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor
+from areal_jax.transport.endpoints import forget_endpoints, still_starting
 from areal_jax.transport.silence import Silence, report_silence
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +69,46 @@ def test_a_server_that_hangs_before_it_announces_its_address_is_replaced(tmp_pat
             clock.ahead = 91.0
 
     assert supervisor.run(tick, interval=0.01) == Outcome("finished")
-    assert told[0].startswith("controller is killed: it has not announced its address within 9")
+    assert told[0].startswith("controller is killed: no address and no sign of its start for 9")
     assert supervisor.restarts == 1 and lives.read_text() == "xx"
+
+
+def test_a_start_without_a_sign_ends_the_run_by_the_name_of_its_limit(tmp_path):
+    clock = Clock()
+    roles = [role("controller", FOREVER, announces=True), role("trainer", FOREVER)]
+    supervisor = Supervisor(
+        roles, ["trainer"], tmp_path, grace=5, announce_limit=90.0, tell=lambda _: None, clock=clock
+    )  # fmt: skip
+
+    def tick():
+        clock.ahead = 91.0
+
+    outcome = supervisor.run(tick, interval=0.01)
+    assert outcome.role == "controller" and "launch.announce_limit" in outcome.reason
+    assert "out of memory" not in outcome.reason
+
+
+def test_a_start_that_takes_long_and_gets_on_is_waited_for(tmp_path):
+    """As one that reads large data, or waits for a disk that is full."""
+    clock, told, signs, done = Clock(), [], 0, tmp_path / "done"
+    roles = [role("controller", FOREVER, announces=True), role("trainer", UNTIL, done)]
+    supervisor = Supervisor(
+        roles, ["trainer"], tmp_path, grace=5, farewell=0.0, announce_limit=90.0, tell=told.append, clock=clock
+    )
+
+    def tick():
+        nonlocal signs
+        signs += 1
+        if signs > 5:
+            return done.touch()
+        still_starting(tmp_path, "controller")
+        assert supervisor._look() is None
+        clock.ahead += 80.0
+
+    assert supervisor.run(tick, interval=0.05).status == "finished" and not supervisor.restarts
+    assert not any("no sign" in line for line in told)
+    forget_endpoints(tmp_path)
+    assert not list((tmp_path / "endpoints").iterdir())
 
 
 def test_a_server_that_has_announced_its_address_may_live_for_as_long_as_it_likes(tmp_path):
