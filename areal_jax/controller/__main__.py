@@ -8,6 +8,8 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,25 @@ from areal_jax.data.prompts import fitting, prompt_limit
 from areal_jax.data.readers import DataError, Dataset, load_dataset
 from areal_jax.disk import DiskFull, insist, release
 from areal_jax.exits import CANNOT_GO_ON, WRONG_SETTING
+from areal_jax.transport.endpoints import still_starting
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.transport.sockets import Server
 
 
-def make_core(config: dict[str, Any], incarnation: int, now: float) -> Core:
-    """The core of the run that `config` (as from `areal_jax.config.load`) describes; raises `DataError`."""
+def make_core(
+    config: dict[str, Any], incarnation: int, now: float, going_on: Callable[[], None] = lambda: None
+) -> Core:
+    """The core of the run that `config` (as from `areal_jax.config.load`) describes; raises `DataError`.
+
+    `going_on()` is called now and then: reading the data may take minutes.
+    """
     data = configuration.section(DataConfig, config["data"], "data")
-    evaluation = _load(data.eval, data, config) if data.eval else []
+    evaluation = _load(data.eval, data, config, going_on) if data.eval else []
     limit = data.eval_limit if data.eval_limit > 0 else len(evaluation)
     return Core(
         configuration.section(ControllerConfig, config["controller"], "controller"),
-        _load(data.train, data, config),
+        _load(data.train, data, config, going_on),
         [evaluation[i] for i in range(min(limit, len(evaluation)))],
         seed=config["seed"],
         rolling=config["rollout"]["rolling_updates"],
@@ -45,15 +53,17 @@ def make_core(config: dict[str, Any], incarnation: int, now: float) -> Core:
     )
 
 
-def _load(spec: str, data: DataConfig, config: dict[str, Any]) -> Dataset:
+def _load(spec: str, data: DataConfig, config: dict[str, Any], going_on: Callable[[], None]) -> Dataset:
     """The data set; with data.too_long="skip", without the prompts that leave no room for the longest answer."""
+    going_on()
     dataset = load_dataset(spec, data)
+    going_on()
     if data.too_long != "skip":
         return dataset
     from transformers import AutoTokenizer  # takes seconds, and is needed for nothing else here
 
     tokenizer = AutoTokenizer.from_pretrained(config["model"], local_files_only=True)
-    return fitting(dataset, tokenizer, data, prompt_limit(config))
+    return fitting(dataset, tokenizer, data, prompt_limit(config), going_on)
 
 
 def next_incarnation(workdir: Path) -> int:
@@ -68,15 +78,15 @@ def next_incarnation(workdir: Path) -> int:
 
 async def serve(core: Core, config: dict[str, Any], workdir: Path) -> str | None:
     """Serve until the run is over, or SIGTERM or SIGINT asks for an end. Returns the diagnosis of a failed run."""
-    limit = core.config.disk_limit
-    journal = insist(lambda: Journal(workdir), limit)
+    limit, wait = core.config.disk_limit, partial(still_starting, workdir, "controller")
+    journal = insist(lambda: Journal(workdir), limit, sleep=wait)
     if journal.recover(core, time.monotonic()):
         core.telemetry.note("took over from a controller that was killed", time.monotonic())
 
     def on_silence(silent: Silent) -> None:
         report_silence(workdir, silent.name, Silence(silent.host, silent.pid, silent.seconds, silent.phase))
 
-    async with insist(lambda: Server(core.config.address, "controller", workdir), limit) as server:
+    async with insist(lambda: Server(core.config.address, "controller", workdir), limit, sleep=wait) as server:
         service = Service(core, server, config["name"], journal=journal, on_silence=on_silence)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,8 +100,9 @@ def main() -> int:
     workdir = parser.parse_args().workdir
     try:
         config = configuration.load(workdir)
-        limit = config["controller"]["disk_limit"]
-        core = make_core(config, insist(lambda: next_incarnation(workdir), limit), time.monotonic())
+        limit, wait = config["controller"]["disk_limit"], partial(still_starting, workdir, "controller")
+        incarnation = insist(lambda: next_incarnation(workdir), limit, sleep=wait)
+        core = make_core(config, incarnation, time.monotonic(), going_on=wait)
         diagnosis = asyncio.run(serve(core, config, workdir))
     except DiskFull as error:
         diagnosis = str(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from areal_jax.data.config import DataConfig
@@ -29,10 +29,17 @@ def render_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[in
     return [int(token) for token in tokenizer.encode(text)]
 
 
-def fitting(dataset: Dataset, tokenizer: Any, config: DataConfig, limit: int) -> Dataset:
-    """`dataset` without the prompts of more than `limit` tokens; what is left out is counted in `skipped`."""
+def fitting(
+    dataset: Dataset, tokenizer: Any, config: DataConfig, limit: int, going_on: Callable[[], None] = lambda: None
+) -> Dataset:
+    """`dataset` without the prompts of more than `limit` tokens; what is left out is counted in `skipped`.
+
+    `going_on()` is called now and then: this may take minutes.
+    """
     records, skipped = [], list(dataset.skipped)
     for index in range(len(dataset)):
+        if index % 256 == 0:
+            going_on()
         length = len(render_prompt(dataset[index], tokenizer, config))
         if length <= limit:
             records.append(dataset[index])

@@ -8,7 +8,7 @@ class LaunchConfig:
     restarts: int = 6  # times in a row that a rollout worker, reward service or the controller is started again
     trainer_restarts: int = 1  # the same for the trainer: it goes on from its last checkpoint, or begins again
     stop_grace: float = 60.0  # seconds that roles get to save and end before they are killed; the trainer 4/5 of it
-    announce_limit: float = 90.0  # seconds that the controller or a reward service may take to start listening
+    announce_limit: float = 90.0  # seconds without a sign that the controller or a reward service is starting
     rollout_gpus: int = 0  # GPUs per rollout worker, the trainer gets the others; 0: all processes see all
     rollout_nice: int = 0  # niceness of rollout workers: above 0, the trainer comes first where cores are short
     compile_cache: str = ""  # folder of compiled JAX programs, kept between runs; empty: none

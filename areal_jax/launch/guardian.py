@@ -47,27 +47,23 @@ def end_groups(groups: list[int], grace: float) -> None:
         deadline = time.monotonic() + grace
         while (groups := [group for group in groups if send(group, 0)]) and time.monotonic() < deadline:
             time.sleep(0.05)
-    cleaned = [group for group in groups if _kill_all_but_cleaners(group)]
-    deadline = time.monotonic() + CLEANER_SECONDS
-    while any(members(group) for group in cleaned) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    cleaned, deadline = groups, time.monotonic() + CLEANER_SECONDS
+    while (cleaned := [group for group in cleaned if _spare_cleaner(group)]) and time.monotonic() < deadline:
+        time.sleep(0.005)
     for group in groups:
         send(group, signal.SIGKILL)
 
 
-def _kill_all_but_cleaners(group: int) -> bool:
-    """Whether a cleaner is left of `group`; only one that has a cleaner is killed process by process."""
-    while found := members(group):
-        others = [pid for pid in found if CLEANER not in _command(pid)]
-        if len(others) == len(found):
-            break
-        if not others:
-            return True
-        for pid in others:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
-    return False
+def _spare_cleaner(group: int) -> bool:
+    """Whether `group` has a cleaner; then all its other processes are killed, one by one."""
+    found = members(group)
+    others = [pid for pid in found if CLEANER not in _command(pid)]
+    if len(others) == len(found):
+        return False
+    for pid in others:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    return True
 
 
 def members(group: int) -> list[int]:

@@ -7,6 +7,7 @@ supervisor itself be killed. This module knows processes and signals; what the r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -19,12 +20,13 @@ from pathlib import Path
 
 from areal_jax.exits import CANNOT_GO_ON, TOLD_TO_STOP, WRONG_SETTING
 from areal_jax.launch import child
-from areal_jax.launch.guardian import end_groups, send
+from areal_jax.launch.guardian import CLEANER_SECONDS, end_groups, send
 from areal_jax.metrics.lines import Lines
-from areal_jax.transport.endpoints import endpoint_mark
+from areal_jax.metrics.trained import last_trained
+from areal_jax.transport.endpoints import endpoint_mark, starting_mark
 from areal_jax.transport.silence import take_silence
 
-STABLE_SECONDS = 60.0  # a role that has lived for so long has its restarts forgiven
+STABLE_SECONDS = 60.0  # a role that has lived for so long (a leader: and got further) has its restarts forgiven
 FINAL = (WRONG_SETTING, CANNOT_GO_ON)  # starting the role again changes nothing
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
 HURRIED_SECONDS = 10.0  # the same for a leader that was started again not long before
@@ -66,16 +68,21 @@ class _Process:
         self.started = 0.0
         self.before: object = None  # its endpoint's mark when it was started
         self.announced = not role.announces
+        self.sign: object = None  # its last one of getting on with its start
+        self.heard = 0.0  # when that came
         self.silent = 0.0  # the seconds of its life that it hung
+        self.fault = ""  # why it was killed by us
         self.deaths = 0
+        self.reached = -1  # the furthest step at a death of it
         self.given_up = False
+        self.swept = False  # nothing is left of its group, whose number may be another's by now
         self.left_at: float | None = None  # when it was first seen to have ended well
 
 
 class Supervisor:
     """Runs `roles`; the one named first in `leaders` decides: when all leaders ended well, the run is finished. `grace`
     is what all get together to end when told to, `farewell` what lies between the ends of roles that go by themselves.
-    A server that has not announced its address `announce_limit` seconds after its start is taken for one that hangs.
+    A server that neither announces its address nor says for `announce_limit` seconds that it is `still_starting` hangs.
 
     `tell(text)` gets one line per event (a restart, the reason of an end). `lock` is the descriptor of a locked file
     that stays locked until nothing of the run is left, whatever becomes of this process.
@@ -119,11 +126,7 @@ class Supervisor:
         """Start the guardian and every role. What is started again later is noted in `WORKDIR/restarts.jsonl`."""
         self._logs.mkdir(parents=True, exist_ok=True)
         self._record = Lines(self._workdir / "restarts.jsonl")
-        guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace), str(self._workdir)]
-        held = () if self._lock is None else (self._lock,)
-        self._guardian = subprocess.Popen(
-            (*guard, *map(str, held)), stdin=subprocess.PIPE, text=True, process_group=0, env=_own_env(), pass_fds=held
-        )
+        self._guard()
         for process in self._processes.values():
             self._spawn(process)
 
@@ -135,6 +138,10 @@ class Supervisor:
         """Notice what ended since the last look, start it again where that is allowed; the outcome when it is over."""
         if self._signals:
             return Outcome("stopped", "told to stop")
+        if self._guardian.poll() is not None:
+            self._tell(f"the guardian {describe_exit(self._guardian.returncode)}; starting another")
+            self._guardian.stdin.close()
+            self._guard()
         if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
             return Outcome("finished")
         for process in self._processes.values():
@@ -159,23 +166,27 @@ class Supervisor:
             return
         same = (silence.host, silence.pid) == (socket.gethostname(), process.popen.pid)
         if same or (not silence.pid and self._clock() - process.started > silence.seconds):
-            process.silent = silence.seconds
-            self._tell(
-                f"{process.role.name} is killed: {silence.by} has heard nothing from it for {silence.seconds:.0f} s "
-                f"(it was {silence.phase})"
-            )
-            self._sweep(process)
+            heard = f"{silence.by} has heard nothing from it for {silence.seconds:.0f} s (it was {silence.phase})"
+            self._replace(process, silence.seconds, heard)
 
     def _end_if_unannounced(self, process: _Process) -> None:
         """A server that nobody can find hangs as well, and nobody else can know which process it is."""
         if process.announced:
             return
-        process.announced = endpoint_mark(self._workdir, process.role.name) != process.before
-        lived = self._clock() - process.started
-        if not process.announced and lived > self._announce_limit:
-            process.silent, process.announced = lived, True
-            self._tell(f"{process.role.name} is killed: it has not announced its address within {lived:.0f} s")
-            self._sweep(process)
+        name, now = process.role.name, self._clock()
+        process.announced = endpoint_mark(self._workdir, name) != process.before
+        if (sign := starting_mark(self._workdir, name)) != process.sign:
+            process.sign, process.heard = sign, now
+        if not process.announced and now - process.heard > self._announce_limit:
+            process.announced = True
+            fault = f"no address and no sign of its start for {now - process.heard:.0f} s (launch.announce_limit)"
+            self._replace(process, now - process.started, fault)
+
+    def _replace(self, process: _Process, silent: float, fault: str) -> None:
+        """Kill a role that hangs; what follows is what follows any death."""
+        process.silent, process.fault = silent, fault
+        self._tell(f"{process.role.name} is killed: {fault}")
+        self._sweep(process)
 
     def _may_leave(self, process: _Process) -> bool:
         """At the end of a run, the others are told to go and may be gone shortly before the trainer; but one that died
@@ -192,10 +203,11 @@ class Supervisor:
     def _after_death(self, process: _Process, code: int) -> Outcome | None:
         role = process.role
         self._sweep(process)
-        if self._clock() - process.started - process.silent > STABLE_SECONDS:
+        ended = self._clock() if process.left_at is None else process.left_at
+        if self._got_further(process) and ended - process.started - process.silent > STABLE_SECONDS:
             process.deaths = 0
         process.deaths += 1
-        how = describe_exit(code)
+        how = f"was killed by the launcher: {process.fault}" if process.fault else describe_exit(code)
         if process.deaths <= role.restarts and code not in FINAL:
             self._tell(f"{role.name} {how}; starting it again ({process.deaths} of {role.restarts})")
             self.restarts += 1
@@ -218,6 +230,13 @@ class Supervisor:
         for process in self._processes.values():
             if process.left_at is None and process.popen is not None and process.popen.poll() == 0:
                 process.left_at = self._clock()
+
+    def _got_further(self, process: _Process) -> bool:
+        """A trainer that takes a minute to load and compile may die of the same batch every time."""
+        if process.role.name not in self._leaders:
+            return True
+        before, process.reached = process.reached, max(process.reached, last_trained(self._workdir))
+        return process.reached > before
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -264,10 +283,14 @@ class Supervisor:
             self._guardian = None
 
     def _sweep(self, process: _Process) -> None:
-        """Kill what is left of a role's process group, and reap the role."""
+        """Kill what is left of a role's process group, and reap the role; a process that cannot be killed stays."""
+        if process.swept:
+            return
         end_groups([process.popen.pid], 0.0)
-        process.popen.wait()
-        self._note(f"-{process.popen.pid}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.popen.wait(CLEANER_SECONDS)
+            process.swept = True
+            self._note(f"-{process.popen.pid}")
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -275,19 +298,32 @@ class Supervisor:
         role = process.role
         if role.announces:
             process.before, process.announced = endpoint_mark(self._workdir, role.name), False
+            process.sign = starting_mark(self._workdir, role.name)
         with open(self._logs / f"{role.name}.log", "ab") as log:
             prepare = (sys.executable, "-S", child.__file__, str(os.getpid()), str(role.nice))
             process.popen = subprocess.Popen(
                 (*prepare, *role.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=role.env, process_group=0,
             )  # fmt: skip
-        process.started, process.silent, process.left_at = self._clock(), 0.0, None
+        process.started = process.heard = self._clock()
+        process.silent, process.fault, process.left_at, process.swept = 0.0, "", None, False
         self._note(f"+{process.popen.pid}")
+
+    def _guard(self) -> None:
+        """Start a guardian and tell it what runs."""
+        guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace), str(self._workdir)]
+        held = () if self._lock is None else (self._lock,)
+        self._guardian = subprocess.Popen(
+            (*guard, *map(str, held)), stdin=subprocess.PIPE, bufsize=0, process_group=0, env=_own_env(), pass_fds=held
+        )
+        for process in self._processes.values():
+            if process.popen is not None and not process.swept:
+                self._note(f"+{process.popen.pid}")
 
     def _note(self, line: str) -> None:
         if self._guardian is not None:
-            self._guardian.stdin.write(line + "\n")
-            self._guardian.stdin.flush()
+            with contextlib.suppress(OSError):  # it is dead, and another will be told of all that runs
+                self._guardian.stdin.write(f"{line}\n".encode())
 
     def _on_signal(self, *_) -> None:
         self._signals += 1

@@ -9,12 +9,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from areal_jax.launch.snapshot import NAMES, Snapshot, snapshot, sparkline
 from areal_jax.metrics.writers import MetricsReader
 
 QUIET_SECONDS = 15.0  # the line view says what is going on at least so often
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line (to standard output without `file`). On a full disk the line is lost, not the run."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
 
 
 def make_view(config: Mapping[str, Any], workdir: str | os.PathLike) -> NoView:
@@ -39,7 +45,7 @@ class NoView:
 
     def tell(self, text: str) -> None:
         """One event."""
-        print(f"areal_jax: {text}", file=sys.stderr, flush=True)
+        say(f"areal_jax: {text}", sys.stderr)
 
     def tick(self) -> None:
         """Called a few times per second."""
@@ -58,7 +64,7 @@ class LineView(NoView):
 
     def __enter__(self) -> LineView:
         self._status.start()
-        print(f"areal_jax: {self._config['name']} in {self._workdir}; logs in {self._workdir}/logs", flush=True)
+        say(f"areal_jax: {self._config['name']} in {self._workdir}; logs in {self._workdir}/logs")
         return self
 
     def __exit__(self, *_) -> None:
@@ -93,7 +99,7 @@ class LineView(NoView):
             self._say(text, now)
 
     def _say(self, text: str, now: float) -> None:
-        print(f"{now - self._started:6.0f} s  {text}", flush=True)
+        say(f"{now - self._started:6.0f} s  {text}")
         self._spoken = now
 
 
@@ -148,12 +154,14 @@ class FullView(NoView):
 
     def __enter__(self) -> FullView:
         self._status.start()
-        self._live.__enter__()
+        with contextlib.suppress(OSError):  # as in `say`
+            self._live.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
         self._draw()
-        self._live.__exit__(*error)
+        with contextlib.suppress(OSError):
+            self._live.__exit__(*error)
         self._status.stop()
 
     def tell(self, text: str) -> None:
@@ -168,7 +176,8 @@ class FullView(NoView):
         self._metrics.read()
         state = snapshot(self._metrics.rows, self._status.data, self._config)
         title = f"{self._config['name']}  ·  {self._workdir}"
-        self._live.update(screen(state, title, self._drawn - self._started, list(self._events)), refresh=True)
+        with contextlib.suppress(OSError):
+            self._live.update(screen(state, title, self._drawn - self._started, list(self._events)), refresh=True)
 
 
 def screen(state: Snapshot, title: str, seconds: float, events: list[str]):

@@ -82,6 +82,18 @@ def read_trained(workdir: str | os.PathLike) -> dict[int, list[TrainedGroup]]:
     return steps
 
 
+def last_trained(workdir: str | os.PathLike) -> int:
+    """The version of the step that was written last; -1 without one, or where it cannot be read."""
+    last = b""
+    try:
+        with open(Path(workdir) / "trained.jsonl", "rb") as file:
+            for line in file:
+                last = line if line.endswith(b"\n") else last
+        return int(json.loads(last)["version"]) if last else -1
+    except (OSError, ValueError):
+        return -1
+
+
 def _digest(group: Group) -> int:
     digest = 0
     for trajectory in (trajectory for sample in group.samples for trajectory in sample):

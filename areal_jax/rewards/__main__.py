@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import logging
 import signal
 import sys
@@ -15,6 +16,7 @@ from areal_jax.rewards.config import RewardsConfig
 from areal_jax.rewards.outcome import VerifierError
 from areal_jax.rewards.pool import VerifierPool
 from areal_jax.rewards.service import RewardService, recipe_of
+from areal_jax.transport.endpoints import still_starting
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.sockets import Client, Server
 
@@ -31,7 +33,11 @@ async def serve(workdir: str, index: int) -> int:
         recipe,
         name=name,
         pool=VerifierPool(config.processes, config.timeout),
-        server=insist(lambda: Server(config.address, name, workdir), values["controller"]["disk_limit"]),
+        server=insist(
+            lambda: Server(config.address, name, workdir),
+            values["controller"]["disk_limit"],
+            sleep=functools.partial(still_starting, workdir, name),
+        ),
         connect=lambda hello: Client(name, workdir, hello=hello, timeout=limit),
         clock=clock,
         max_pending=config.max_pending,

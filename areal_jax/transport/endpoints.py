@@ -6,6 +6,7 @@ Keys are made once per run by `make_keys`: one pair for all servers, one for all
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -43,8 +44,31 @@ def read_endpoint(workdir: str | Path, name: str) -> str | None:
 
 def endpoint_mark(workdir: str | Path, name: str) -> object:
     """Changes with every announcement of server `name`, though the address be the same; None without one."""
+    return _mark(Path(workdir) / "endpoints" / name)
+
+
+def still_starting(workdir: str | Path, name: str, seconds: float = 0.0) -> None:
+    """Say that server `name` gets on with its start, or waits for the disk for `seconds`, which are slept here: it has
+    no address yet and does not hang (`launch.announce_limit`)."""
+    path = _starting(workdir, name)
+    with contextlib.suppress(OSError):  # of a full disk; where the file is there already, it needs no room
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    time.sleep(seconds)
+
+
+def starting_mark(workdir: str | Path, name: str) -> object:
+    """Changes whenever server `name` says that it is `still_starting`; None before."""
+    return _mark(_starting(workdir, name))
+
+
+def _starting(workdir: str | Path, name: str) -> Path:
+    return Path(workdir) / "endpoints" / f".{name}"
+
+
+def _mark(path: Path) -> object:
     try:
-        found = (Path(workdir) / "endpoints" / name).stat()
+        found = path.stat()
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns

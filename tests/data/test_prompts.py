@@ -57,6 +57,8 @@ def test_a_missing_template_is_an_error(tokenizer):
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(tokenizer):
     data = Dataset("d", [{"prompt": "a" * n} for n in (1, 9, 3)], ["d:4: bad"])
-    kept = fitting(data, tokenizer, DataConfig(prompt_suffix="b"), limit=4)
+    signs = []
+    kept = fitting(data, tokenizer, DataConfig(prompt_suffix="b"), limit=4, going_on=lambda: signs.append(1))
+    assert signs  # that this gets on
     assert [len(record["prompt"]) for record in kept] == [1, 3]
     assert kept.skipped == ["d:4: bad", "d record 1: its prompt has 10 tokens, 4 fit"]

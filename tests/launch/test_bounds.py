@@ -3,14 +3,18 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from areal_jax.launch import guardian
+from areal_jax.launch import supervisor as supervisor_module
 from areal_jax.launch import supervisor as supervisors
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor
+from areal_jax.transport.endpoints import forget_endpoints, still_starting
 from areal_jax.transport.silence import Silence, report_silence
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +69,46 @@ def test_a_server_that_hangs_before_it_announces_its_address_is_replaced(tmp_pat
             clock.ahead = 91.0
 
     assert supervisor.run(tick, interval=0.01) == Outcome("finished")
-    assert told[0].startswith("controller is killed: it has not announced its address within 9")
+    assert told[0].startswith("controller is killed: no address and no sign of its start for 9")
     assert supervisor.restarts == 1 and lives.read_text() == "xx"
+
+
+def test_a_start_without_a_sign_ends_the_run_by_the_name_of_its_limit(tmp_path):
+    clock = Clock()
+    roles = [role("controller", FOREVER, announces=True), role("trainer", FOREVER)]
+    supervisor = Supervisor(
+        roles, ["trainer"], tmp_path, grace=5, announce_limit=90.0, tell=lambda _: None, clock=clock
+    )  # fmt: skip
+
+    def tick():
+        clock.ahead = 91.0
+
+    outcome = supervisor.run(tick, interval=0.01)
+    assert outcome.role == "controller" and "launch.announce_limit" in outcome.reason
+    assert "out of memory" not in outcome.reason
+
+
+def test_a_start_that_takes_long_and_gets_on_is_waited_for(tmp_path):
+    """As one that reads large data, or waits for a disk that is full."""
+    clock, told, signs, done = Clock(), [], 0, tmp_path / "done"
+    roles = [role("controller", FOREVER, announces=True), role("trainer", UNTIL, done)]
+    supervisor = Supervisor(
+        roles, ["trainer"], tmp_path, grace=5, farewell=0.0, announce_limit=90.0, tell=told.append, clock=clock
+    )
+
+    def tick():
+        nonlocal signs
+        signs += 1
+        if signs > 5:
+            return done.touch()
+        still_starting(tmp_path, "controller")
+        assert supervisor._look() is None
+        clock.ahead += 80.0
+
+    assert supervisor.run(tick, interval=0.05).status == "finished" and not supervisor.restarts
+    assert not any("no sign" in line for line in told)
+    forget_endpoints(tmp_path)
+    assert not list((tmp_path / "endpoints").iterdir())
 
 
 def test_a_server_that_has_announced_its_address_may_live_for_as_long_as_it_likes(tmp_path):
@@ -140,6 +182,53 @@ def test_no_named_semaphore_of_a_killed_process_stays(tmp_path, end):
     assert supervisor.run(tick, interval=0.01).role == "rollout-0"
     assert seen or named.exists()
     assert not Path(named.read_text()).exists()
+
+
+def test_a_process_that_cannot_be_killed_is_not_waited_for_for_ever(monkeypatch):
+    """Nor may it be ours: it sits beside a cleaner, in a call that does not return."""
+    sent, seconds = [], iter(range(1000))
+    monkeypatch.setattr(guardian, "members", lambda group: [11, 12])
+    monkeypatch.setattr(guardian, "_command", lambda pid: guardian.CLEANER if pid == 11 else b"python")
+    monkeypatch.setattr(guardian.time, "monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr(guardian.time, "sleep", lambda _: next(seconds))
+    monkeypatch.setattr(guardian, "send", lambda group, number: sent.append((group, number)))
+
+    def kill(pid, number):
+        assert pid == 12
+        raise PermissionError
+
+    monkeypatch.setattr(guardian.os, "kill", kill)
+    guardian.end_groups([10], 0.0)
+    assert sent == [(10, signal.SIGKILL)] and next(seconds) < 20
+
+
+class Unkillable:
+    """A process that has been sent SIGKILL and is there still."""
+
+    pid, returncode = 10, None
+
+    def poll(self):
+        return self.returncode
+
+    def wait(self, timeout):
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("x", timeout)
+
+
+def test_a_process_group_is_killed_once_and_not_when_its_number_may_be_anothers(tmp_path, monkeypatch):
+    killed = []
+    monkeypatch.setattr(supervisor_module, "end_groups", lambda groups, grace: killed.extend(groups))
+    supervisor = Supervisor([role("rollout-0", FOREVER)], [], tmp_path)
+    (process,) = supervisor._processes.values()
+    process.popen = Unkillable()
+    for _ in range(2):
+        supervisor._sweep(process)
+    assert killed == [10, 10]  # it is ours still
+    process.popen.returncode = -9
+    for _ in range(2):
+        supervisor._sweep(process)
+    supervisor._kill_all()
+    assert killed == [10, 10, 10]
 
 
 LEAVES_ONCE = """
@@ -242,6 +331,50 @@ def test_who_leaves_with_a_trainer_that_was_started_again_is_not_started_again(t
 
     assert supervisor.run(tick, interval=0.01).status == "finished"
     assert [line.partition(";")[0] for line in told] == ["trainer ended with exit code 1"]
+
+
+def test_the_wait_for_the_trainer_of_one_that_left_too_early_does_not_count_as_life(tmp_path):
+    clock = Clock()
+    roles = [role("trainer", FOREVER), role("rewards-0", "pass", restarts=2, peers="rewards")]
+    supervisor = Supervisor(roles, ["trainer"], tmp_path, grace=5, farewell=61.0, tell=lambda _: None, clock=clock)
+
+    def tick():
+        if supervisor._processes["rewards-0"].left_at is not None:
+            clock.ahead += 61.0
+        if supervisor.restarts > 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    outcome = supervisor.run(tick, interval=0.01)
+    assert outcome == Outcome("failed", "rewards-0 ended with exit code 0, 3 times in a row", "rewards-0")
+
+
+# Each life makes the steps up to a version and dies.
+DIES_AT = """
+import json, sys
+workdir, versions = sys.argv[1], sys.argv[2:]
+file = open(workdir + '/lives', 'a+'); file.write('x'); file.seek(0)
+with open(workdir + '/trained.jsonl', 'a') as steps:
+    version = int(versions[len(file.read()) - 1])
+    steps.write(json.dumps({'version': version, 'groups': []}) + chr(10))
+sys.exit(9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("versions", "lives"), [((3, 3, 4), 2), ((3, 4, 4, 5), 3), ((3, 4, 5, 5), 4), ((3, 4, 2, 9), 3)]
+)  # fmt: skip
+def test_a_trainer_that_dies_at_the_same_step_is_not_started_for_ever_however_long_it_takes(tmp_path, versions, lives):
+    clock = Clock()
+    trainer = role("trainer", DIES_AT, tmp_path, *versions, restarts=1)
+    supervisor = Supervisor([trainer], ["trainer"], tmp_path, grace=5, tell=lambda _: None, clock=clock)
+
+    def tick():
+        os.waitid(os.P_PID, supervisor.pid("trainer"), os.WEXITED | os.WNOWAIT)
+        assert len((tmp_path / "lives").read_text()) <= lives
+        clock.ahead += 61.0
+
+    assert supervisor.run(tick, interval=0.0).reason == "trainer ended with exit code 9, 2 times in a row"
+    assert len((tmp_path / "lives").read_text()) == lives
 
 
 def test_what_was_started_again_is_on_record(tmp_path):

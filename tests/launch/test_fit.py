@@ -37,9 +37,9 @@ def test_seven_billion_parameters_on_eight_gpus(config):
 
 def test_jax_may_be_given_more_of_a_gpu(config):
     with pytest.raises(ConfigError):
-        fit.check_memory(resolve(config), [59 * GIB] * 8)
+        fit.check_memory(resolve(config), [64 * GIB] * 8)
     config.launch.trainer_env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-    fit.check_memory(resolve(config), [59 * GIB] * 8)
+    fit.check_memory(resolve(config), [64 * GIB] * 8)
 
 
 def test_an_engine_must_hold_the_weights_and_one_sequence(config):

@@ -170,6 +170,25 @@ def test_nothing_is_left_when_the_supervisor_itself_is_killed(tmp_path):
     assert not weights.exists()
 
 
+def test_a_guardian_that_is_killed_costs_nothing_and_is_replaced(tmp_path):
+    """The next one knows what runs, and ends it when the supervisor is gone."""
+    told = []
+    roles = [role("trainer", FOREVER), role("rollout-0", CRASH, restarts=1)]
+    supervisor = Supervisor(roles, ["trainer"], tmp_path, tell=told.append)
+    supervisor.start()
+    trainer, worker = (supervisor._processes[each.name] for each in roles)
+    supervisor._guardian.kill()
+    supervisor._guardian.wait()
+    assert worker.popen.wait() == 1
+    supervisor._after_death(worker, 1)  # before anybody has noticed
+    assert supervisor.restarts == 1 and worker.popen.wait() == 1
+    assert supervisor._look().role == "rollout-0"
+    assert told[1] == "the guardian was killed by SIGKILL (out of memory? see the kernel's log); starting another"
+    supervisor._guardian.stdin.close()  # as the supervisor's death does
+    assert trainer.popen.wait(30) in (0, -signal.SIGTERM)
+    supervisor._guardian.wait()
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [(0, "ended with exit code 0"), (-11, "was killed by SIGSEGV"), (-9, "was killed by SIGKILL (out of memory?")],

@@ -1,11 +1,13 @@
+import errno
 import io
 
+import pytest
 from rich.console import Console
 
 from areal_jax.config import default_config, resolve
 from areal_jax.launch import snapshot as snapshots
 from areal_jax.launch import summary
-from areal_jax.launch.view import activity, screen, step_line, words
+from areal_jax.launch.view import StatusPoller, activity, screen, step_line, words
 
 CONFIG = resolve(default_config())
 ROWS = [
@@ -84,6 +86,30 @@ def test_lines_come_once_each_and_a_late_evaluation_is_not_lost(tmp_path, capsys
     lines = [line.partition(" s  ")[2] for line in capsys.readouterr().out.splitlines()]
     assert [line[:12] for line in lines] == ["step   1/100", "step   2/100", "held-out acc"]
     assert lines[-1] == "held-out accuracy 75.0% with version 1"
+
+
+@pytest.mark.parametrize("kind", ["lines", "none", "full"])
+def test_an_output_on_a_full_disk_loses_lines_and_not_the_run(tmp_path, monkeypatch, kind):
+    from areal_jax.launch.view import make_view
+    from areal_jax.metrics.writers import MetricsWriter
+
+    class Full(io.StringIO):
+        lost = 0
+
+        def write(self, text):
+            self.lost += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, err = Full(), Full()
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    view = make_view(CONFIG | {"metrics": CONFIG["metrics"] | {"view": kind}}, tmp_path)
+    monkeypatch.setattr(view, "_status", StatusPoller(tmp_path, 60.0), raising=False)
+    with MetricsWriter(tmp_path, tensorboard=False) as writer, view:
+        writer.write(1, {"reward/mean": 0.5})
+        view.tick()
+        view.tell("rollout-0 is killed")
+    assert out.lost or err.lost
 
 
 def test_histograms_of_different_lengths_add_up():

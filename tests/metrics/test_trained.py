@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from areal_jax.metrics.trained import TrainedGroup, TrainedWriter, read_trained
+from areal_jax.metrics.trained import TrainedGroup, TrainedWriter, last_trained, read_trained
 
 
 def group(number, record, oldest=0):
@@ -51,3 +51,12 @@ def test_half_a_line_of_a_killed_writer_is_no_step_and_harms_no_later_one(tmp_pa
     assert list(read_trained(tmp_path)) == [0]
     write(tmp_path, (1, group(2, 2)))
     assert [g.record for g in read_trained(tmp_path)[1]] == [2]
+
+
+def test_the_last_step_is_that_of_the_last_whole_line(tmp_path):
+    assert last_trained(tmp_path) == -1
+    path = tmp_path / "trained.jsonl"
+    path.write_text('{"version": 3, "groups": []}\n{"version": 2, "groups": []}\n{"version": 5')
+    assert last_trained(tmp_path) == 2
+    path.write_text("nothing of ours\n")
+    assert last_trained(tmp_path) == -1
