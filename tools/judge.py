@@ -35,7 +35,8 @@ KINDS = {
     "areal_jax.launch.guardian": "guardian",
 }  # fmt: skip
 VERIFIER = "areal_jax.rewards.worker"  # in the text of a program
-CLEANER = "multiprocessing.resource_tracker"  # likewise
+CLEANER = "multiprocessing.resource_tracker"  # likewise; it removes
+CLEANED = ("sem.mp-", "psm_")
 
 
 # --- Its processes --------------------------------------------------------------------------------------------------
@@ -145,8 +146,8 @@ def shared_memory() -> set[str]:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a living process of this machine has `path`, or something below it, open or mapped; or, of a semaphore of
-    Python's multiprocessing, whether any of its cleaners lives, who may still be about to remove it.
+    """Whether a living process of this machine has `path`, or something below it, open or mapped; or, of what Python's
+    multiprocessing has named, whether any of its cleaners lives, who may still be about to remove it.
 
     A semaphore is mapped under another name (glibc links it to its own when it is ready), so its inode is looked for.
     """
@@ -154,7 +155,7 @@ def in_use(path: Path) -> bool:
         inode = str(path.stat().st_ino)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if path.name.startswith("sem.mp-") and CLEANER in " ".join(process.cmdline()):
+                if path.name.startswith(CLEANED) and CLEANER in " ".join(process.cmdline()):
                     return True
                 maps = [line.split(maxsplit=5) for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()]
                 shared = [line for line in maps if len(line) == 6 and line[5].startswith(f"{SHARED_MEMORY}/")]

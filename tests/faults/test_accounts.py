@@ -137,7 +137,7 @@ def test_the_lock_of_a_run_that_is_not_over_is_found(watched):
     assert left(watched) == ""
 
 
-@pytest.mark.parametrize("name", ["sem.test", "areal_jax-test", "psm_test"])
+@pytest.mark.parametrize("name", ["sem.test", "areal_jax-test", "vllm_dist-test"])
 def test_whatever_is_new_in_shared_memory_and_nobodys_is_found(watched, name):
     path = judge.SHARED_MEMORY / f"{name}-{os.getpid()}"
     path.touch()
