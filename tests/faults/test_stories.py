@@ -4,6 +4,7 @@ import json
 import random
 import socket
 import sys
+import time
 import types
 
 import pytest
@@ -23,9 +24,11 @@ class Quick:
         self.launcher = types.SimpleNamespace(poll=lambda: None)
         self.wait = lambda: 0
 
-    def until(self, condition, seconds=0.0):
+    def until(self, condition, seconds=1.0):
+        deadline = time.monotonic() + seconds
         while not condition():
-            pass
+            if time.monotonic() > deadline:
+                return False
         return True
 
 
@@ -37,9 +40,17 @@ def server(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["dropped", "delayed"])
-@pytest.mark.parametrize("used", [True, False])
-def test_a_network_that_nobody_used_did_not_fail(tmp_path, server, monkeypatch, how, used):
+@pytest.mark.parametrize("use", ["nobody's", "connected", "busy"])
+def test_a_network_that_nobody_used_did_not_fail(tmp_path, server, monkeypatch, how, use):
     class Wire(stories.Wire):
+        def __init__(self, run, name):
+            super().__init__(run, name)
+            self.client = self._connect() if use != "nobody's" else None
+
+        def _connect(self):
+            host, port = split_address(read_endpoint(tmp_path, "controller"))
+            return socket.create_connection((host, int(port)))
+
         def lose(self):
             super().lose()
             self._send(lambda: self.lost)
@@ -48,18 +59,22 @@ def test_a_network_that_nobody_used_did_not_fail(tmp_path, server, monkeypatch, 
             super().hold()
             self._send(lambda: self.held)
 
-        def _send(self, bytes_seen):
-            host, port = split_address(read_endpoint(tmp_path, "controller"))
-            if used:
-                with socket.create_connection((host, int(port))) as client:
-                    client.sendall(b"hello")
-                    while not bytes_seen():
+        def _send(self, seen):
+            if use == "busy":
+                with self._connect() as client:
+                    client.sendall(bytes(1000))
+                    while not seen():
                         pass
+
+        def close(self):
+            super().close()
+            if self.client:
+                self.client.close()
 
     monkeypatch.setattr(stories, "Wire", Wire)
     run = Quick(tmp_path)
     stories.bad_network("controller", how)(run)
-    assert run.struck is used
+    assert run.struck is (use == "busy")
 
 
 @pytest.mark.parametrize("failed", [{"verifier_timeout": 3}, {"verifier_exception": 3}])

@@ -56,6 +56,9 @@ def signal_all(processes: list[psutil.Process], number: int) -> None:
 # --- The network ---------------------------------------------------------------------------------------------------
 
 
+GREETINGS = 128  # bytes with which the two ends of a connection begin, before any message
+
+
 class Wire:
     """A TCP forwarder that the endpoint file of `server` is made to name; it can lose, hold up, or cut what passes."""
 
@@ -64,6 +67,7 @@ class Wire:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self.open, self.losing = True, False
+        self.made = 0  # connections
         self.lost = self.held = 0  # bytes
         self._clear = threading.Event()
         self._clear.set()
@@ -81,6 +85,7 @@ class Wire:
                     client.close()
                     continue
                 self._pairs.append((client, server))
+                self.made += 1
                 for source, sink in ((client, server), (server, client)):
                     threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
 
@@ -126,7 +131,7 @@ class Wire:
 
 
 def bad_network(server: str, how: str) -> Callable[[Run], None]:
-    """Everything between `server` and its clients goes over a wire that fails again and again, to the end of the run.
+    """Everything between `server` and its clients goes over a wire that fails again and again, once somebody uses it.
 
     "dropped": what passes is lost for a while, then the connections break. "delayed": nothing arrives for some seconds.
     """
@@ -143,7 +148,8 @@ def bad_network(server: str, how: str) -> Callable[[Run], None]:
 
         try:
             times = 0
-            while pause(1.0, 4.0) and times < 8:
+            run.until(lambda: wire.made)
+            while pause(0.2, 2.0) and times < 16:
                 times += 1
                 if how == "dropped":
                     wire.lose()
@@ -154,7 +160,7 @@ def bad_network(server: str, how: str) -> Callable[[Run], None]:
                     pause(1.0, 4.0)
                     wire.release()
             done, much = ("lost", wire.lost) if how == "dropped" else ("held", wire.held)
-            run.where, run.struck = f"{times} times, {much} bytes {done}", much > 0
+            run.where, run.struck = f"{times} times, {much} bytes {done}", much > GREETINGS
             run.wait()
         finally:
             wire.close()
