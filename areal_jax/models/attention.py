@@ -107,7 +107,10 @@ def _blocks_forward(q, k, v, segment_ids, window):
 def _blocks_backward(window, residuals, d_out):
     q, k, v, segment_ids, out, normalizer = residuals
     rows, kv_heads, length, size = k.shape
-    sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def sums(formula, a, b):  # in float32, whatever the dtype: XLA's CPU code has no such product of bf16
+        return jnp.einsum(formula, a.astype(jnp.float32), b.astype(jnp.float32))
+
     d_total = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_q, d_k, d_v = [], *(jnp.zeros((rows, kv_heads, size, length), jnp.float32) for _ in range(2))
     for queries, keys in _spans(length, window):

@@ -22,7 +22,8 @@ SMALL = ModelConfig(
 def planned(config: ModelConfig, trainer: TrainerConfig, devices: int):
     """XLA's memory plan of `accumulate` for one of so many devices; nothing is run."""
     mesh = learner.mesh_of(trainer, jax.devices()[:devices])
-    model = Model(config, mesh=mesh, remat=trainer.remat, attention=trainer.attention)
+    # With a loop: XLA's CPU compiler does not order written-out layers by memory, as its GPU compiler does.
+    model = Model(config, mesh=mesh, remat=trainer.remat, attention=trainer.attention, layers="loop")
     optimizer = state.make_optimizer(trainer)
     params = model.abstract_params()
     objective = learner.make_objective(trainer, horizon=10.0)
