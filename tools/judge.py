@@ -6,7 +6,6 @@ The soak and the fault injection both use it. Everything that a run is judged by
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from areal_jax.launch import child
+from areal_jax.launch import child, session
 from areal_jax.metrics.trained import TrainedGroup, read_trained
 from areal_jax.metrics.writers import read_metrics
 
@@ -172,10 +171,7 @@ def in_use(path: Path) -> bool:
 def lock_is_free(workdir: Path) -> bool:
     """Whether the run could be started."""
     with contextlib.suppress(FileNotFoundError), open(workdir / "launch.lock") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+        return session.take_lock(file)
     return True
 
 

@@ -145,7 +145,7 @@ def _lock(workdir: Path, patience: float) -> Iterator[int]:
     descriptor = os.open(workdir / "launch.lock", os.O_RDWR | os.O_CREAT, 0o600)  # not emptied: it may be another's
     with open(descriptor, "r+", encoding="utf-8") as file:
         deadline, told = time.monotonic() + patience, False
-        while not _locked(file):
+        while not take_lock(file):
             file.seek(0)
             if file.read() != ENDING:
                 raise ConfigError(f"the run in {workdir} is running already (its launcher holds launch.lock)")
@@ -162,7 +162,8 @@ def _lock(workdir: Path, patience: float) -> Iterator[int]:
         yield file.fileno()
 
 
-def _locked(file: IO) -> bool:
+def take_lock(file: IO) -> bool:
+    """Whether the run's folder is ours now, by its open `launch.lock`; another launcher or guardian may have it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -204,15 +204,18 @@ def test_the_diagnosis_is_the_last_error_of_the_log():
     assert diagnosis([]) == "its log is empty"
 
 
+# Stops itself in its first life, and a trainer that ends once there is a second one.
+HANGS_ONCE = (
+    "import os, signal, sys; f = open(sys.argv[1], 'a+'); f.write('x'); f.flush(); f.seek(0)\n"
+    "if len(f.read()) == 1: os.kill(os.getpid(), signal.SIGSTOP)"
+)
+UNTIL_TWO = "import os, sys, time\nwhile os.path.getsize(sys.argv[1]) < 2: time.sleep(0.01)"
+
+
 def test_a_worker_that_hangs_is_killed_and_replaced_when_the_controller_says_so(tmp_path):
     """Its first life stops itself; a report about another process of that name changes nothing."""
     lives = tmp_path / "lives"
     lives.touch()
-    program = (
-        "import os, signal, sys; f = open(sys.argv[1], 'a+'); f.write('x'); f.flush(); f.seek(0)\n"
-        "if len(f.read()) == 1: os.kill(os.getpid(), signal.SIGSTOP)"
-    )
-    until = "import os, sys, time\nwhile os.path.getsize(sys.argv[1]) < 2: time.sleep(0.01)"
 
     reports = []
 
@@ -222,8 +225,8 @@ def test_a_worker_that_hangs_is_killed_and_replaced_when_the_controller_says_so(
             reports.append(Silence(socket.gethostname(), pid, 61.0, "generating"))
             report_silence(tmp_path, "rollout-0", reports[-1])
 
-    worker = role("rollout-0", program, lives, restarts=1, peers="rollout")
-    outcome, told, supervisor = run(tmp_path, role("trainer", until, lives), worker, tick=tick)
+    worker = role("rollout-0", HANGS_ONCE, lives, restarts=1, peers="rollout")
+    outcome, told, supervisor = run(tmp_path, role("trainer", UNTIL_TWO, lives), worker, tick=tick)
     assert outcome.status == "finished" and supervisor.restarts == 1
     assert told[0] == "rollout-0 is killed: the controller has heard nothing from it for 61 s (it was generating)"
 
@@ -232,11 +235,6 @@ def test_a_controller_that_hangs_is_replaced_but_not_its_successor_for_the_same_
     """Nobody else knows its process: whoever has lived for less than the silence is not to blame."""
     lives = tmp_path / "lives"
     lives.touch()
-    program = (
-        "import os, signal, sys; f = open(sys.argv[1], 'a+'); f.write('x'); f.flush(); f.seek(0)\n"
-        "if len(f.read()) == 1: os.kill(os.getpid(), signal.SIGSTOP)"
-    )
-    until = "import os, sys, time\nwhile os.path.getsize(sys.argv[1]) < 2: time.sleep(0.01)"
     reports = []
 
     def tick(_):
@@ -245,8 +243,8 @@ def test_a_controller_that_hangs_is_replaced_but_not_its_successor_for_the_same_
             reports.append(Silence("", 0, seconds, "asked for GetBatch", by="trainer-0"))
             report_silence(tmp_path, "controller", reports[-1])
 
-    controller = role("controller", program, lives, restarts=1)
-    outcome, told, supervisor = run(tmp_path, role("trainer", until, lives), controller, tick=tick)
+    controller = role("controller", HANGS_ONCE, lives, restarts=1)
+    outcome, told, supervisor = run(tmp_path, role("trainer", UNTIL_TWO, lives), controller, tick=tick)
     assert outcome.status == "finished" and supervisor.restarts == 1
     assert told[0] == "controller is killed: trainer-0 has heard nothing from it for 0 s (it was asked for GetBatch)"
 

@@ -64,7 +64,7 @@ def at_points() -> list[Fault]:
             Fault(role="launcher", action="kill parent", point=point, visit=visit, launcher_dies=True, restarts=None)
         )
     # Five or six times: it depends on which samples of its group are with the worker when it dies.
-    faults.append(Fault(role="rollout", action="kill every time", point=POISON, quarantined=1, restarts=None))
+    faults.append(Fault(role="rollout", action="kill every time", point=POISON, quarantined=1, restarts=range(5, 7)))
     return faults
 
 
