@@ -124,26 +124,35 @@ def measure_logprobs(args, size: str, tokens: int, logits: int) -> dict:
         chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
         return chosen, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
+    def weighted(logprob, entropy, arrays):
+        return jnp.sum(arrays[0] * (logprob + 0.01 * entropy)), ()
+
     def gradient(run):
         def loss(hidden, head, targets, weights):
-            logprob, entropy = run(hidden, head, targets)
-            return jnp.sum(weights * (logprob + 0.01 * entropy))
+            return weighted(*run(hidden, head, targets), (weights, ()))[0]
 
         return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+    def by_chunks(hidden, head, targets, weights):
+        given = (hidden, head, targets, (weights, ()), jnp.float32(1.0), chunk)
+        return logprobs.chunked_loss(weighted, *given)[0]
 
     few = slice(0, 512)
     part = (hidden[:, few], head, targets[:, few])
     values = relative(jax.jit(chunked)(*part), jax.jit(full)(*part))
-    gradients = relative(gradient(chunked)(*part, weights[:, few]), gradient(full)(*part, weights[:, few]))
-    both = gradient(chunked)
+    want = gradient(full)(*part, weights[:, few])
+    both, direct = gradient(chunked), jax.jit(jax.grad(by_chunks, argnums=(0, 1)))
+    gradients, of_loss = (relative(run(*part, weights[:, few]), want) for run in (both, direct))
     memory = both.lower(hidden, head, targets, weights).compile().memory_analysis()
     forward_s = seconds_of(jax.jit(chunked), hidden, head, targets, repeats=args.repeats)
-    seconds = seconds_of(both, hidden, head, targets, weights, repeats=args.repeats)
+    seconds, loss_s = (
+        seconds_of(run, hidden, head, targets, weights, repeats=args.repeats) for run in (both, direct)
+    )
     return {
         "what": "logprobs", "size": size, "tokens": tokens, "vocab": vocab, "width": width, "chunk": chunk,
         "forward_seconds": forward_s, "seconds": seconds, "tflops": 6.0 * tokens * vocab * width / seconds / 1e12,
         "temporary_bytes": int(memory.temp_size_in_bytes), "logits_bytes": 4 * tokens * vocab,
-        "error_values": values, "error_gradient": gradients,
+        "error_values": values, "error_gradient": gradients, "loss_seconds": loss_s, "loss_error_gradient": of_loss,
     }  # fmt: skip
 
 
@@ -163,7 +172,8 @@ def show_logprobs(one: dict) -> None:
         f"{one['size']:>5} log-probs of {one['tokens']} tokens, vocabulary {one['vocab']}, chunks of {one['chunk']}: "
         f"forward {1e3 * one['forward_seconds']:.2f} ms, both {1e3 * one['seconds']:.2f} ms, {one['tflops']:.1f} "
         f"TFLOP/s; temporaries {one['temporary_bytes'] / 2**30:.2f} GiB (logits {one['logits_bytes'] / 2**30:.2f});"
-        f" error {one['error_values']:.1e}, of gradients {one['error_gradient']:.1e}",
+        f" error {one['error_values']:.1e}, of gradients {one['error_gradient']:.1e}; as a sum over tokens both "
+        f"{1e3 * one['loss_seconds']:.2f} ms, error {one['loss_error_gradient']:.1e}",
         flush=True,
     )
 

@@ -1,9 +1,11 @@
 """Log-probabilities and entropies of chosen tokens from hidden states, without ever holding `[tokens, vocab]`.
 
 The head's product, the softmax and both statistics run over chunks of tokens, forward and backward; the backward pass
-recomputes a chunk's logits from the hidden states. Everything after the product is float32.
+recomputes a chunk's logits from the hidden states. Everything after the product is float32. Where a loss is a sum over
+tokens its gradient is known while a chunk's logits are still there: `chunked_loss` computes nothing twice.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -70,50 +72,6 @@ def _is_target(targets, vocab):
     return targets[..., None] == ids.reshape((1,) * targets.ndim + (vocab,))
 
 
-def _forward(hidden, head, targets, temperature, chunk, place):
-    gathered = place(head.astype(hidden.dtype), "vocab", None)
-
-    def one(_, inputs):
-        h, target = inputs
-        z = place(head_logits(h, gathered), "batch", None, "vocab") / temperature
-        largest = jnp.max(z, axis=-1, keepdims=True)
-        below = z - largest
-        e = jnp.exp(below)
-        # Three sums over the vocabulary that a GPU takes in one pass over the logits.
-        total, weighted = jnp.sum(e, axis=-1), jnp.sum(e * below, axis=-1)
-        chosen = jnp.sum(jnp.where(_is_target(target, z.shape[-1]), below, 0.0), axis=-1)
-        log_total = jnp.log(total)
-        return None, (chosen - log_total, log_total - weighted / total, largest[..., 0] + log_total)
-
-    _, outs = _scan(one, None, (_chunks(hidden, chunk), _chunks(targets, chunk)))
-    logprobs, entropy, lse = (_unchunk(x, hidden.shape[1]) for x in outs)
-    return (logprobs, entropy), (hidden, head, targets, temperature, entropy, lse)
-
-
-def _backward(chunk, place, residuals, cotangents):
-    hidden, head, targets, temperature, entropy, lse = residuals
-    gathered = place(head.astype(hidden.dtype), "vocab", None)
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    matmul = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-
-    def one(d_head, inputs):
-        h, target, ent, lse, d_logprob, d_entropy = inputs
-        z = place(head_logits(h, gathered), "batch", None, "vocab") / temperature
-        log_p = z - lse[..., None]
-        p = jnp.exp(log_p)
-        d_z = d_logprob[..., None] * (_is_target(target, z.shape[-1]).astype(jnp.float32) - p)
-        d_z -= d_entropy[..., None] * p * (log_p + ent[..., None])
-        d_z = (d_z / temperature).astype(h.dtype)
-        d_head = place(d_head + matmul("rcv,rcd->rvd", d_z, h), "batch", "vocab", None)
-        return d_head, matmul("rcv,vd->rcd", d_z, gathered).astype(h.dtype)
-
-    inputs = tuple(_chunks(x, chunk) for x in (hidden, targets, entropy, lse, *cotangents))
-    zeros = jnp.zeros((hidden.shape[0], *head.shape), jnp.float32)
-    d_head, d_hidden = _scan(one, place(zeros, "batch", "vocab", None), inputs)
-    d_head = place(jnp.sum(d_head, axis=0), "vocab", "embed")
-    return _unchunk(d_hidden, hidden.shape[1]), d_head.astype(head.dtype), None, None
-
-
 def _scan(body, carry, xs):
     """`lax.scan`, but a single chunk is computed without a loop, which is what small models have."""
     if jax.tree.leaves(xs)[0].shape[0] > 1:
@@ -122,4 +80,123 @@ def _scan(body, carry, xs):
     return carry, jax.tree.map(lambda x: x[None], out)
 
 
+def _statistics(z, target):
+    """(log-prob of the target, entropy, log of the sum of exponentials), `[...]` each, of logits `[..., V]`."""
+    largest = jnp.max(z, axis=-1, keepdims=True)
+    below = z - largest
+    e = jnp.exp(below)
+    # Three sums over the vocabulary that a GPU takes in one pass over the logits.
+    total, weighted = jnp.sum(e, axis=-1), jnp.sum(e * below, axis=-1)
+    chosen = jnp.sum(jnp.where(_is_target(target, z.shape[-1]), below, 0.0), axis=-1)
+    log_total = jnp.log(total)
+    return chosen - log_total, log_total - weighted / total, largest[..., 0] + log_total
+
+
+def _logit_gradient(z, target, entropy, lse, d_logprob, d_entropy):
+    log_p = z - lse[..., None]
+    p = jnp.exp(log_p)
+    d_z = d_logprob[..., None] * (_is_target(target, z.shape[-1]).astype(jnp.float32) - p)
+    return d_z - d_entropy[..., None] * p * (log_p + entropy[..., None])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """The head's products, one chunk at a time: logits, and what their gradient means for both factors."""
+
+    weights_VxD: jax.Array  # in hidden's dtype, gathered
+    temperature: jax.Array
+    place: Place
+
+    def logits(self, h_Rxc):
+        return self.place(head_logits(h_Rxc, self.weights_VxD), "batch", None, "vocab") / self.temperature
+
+    def gradients(self, d_z, h, d_head):
+        """(`d_head`, float32 `[R, V, D]`, with this chunk's share added; the gradient of the hidden states)."""
+        precision = jax.lax.Precision.HIGHEST if h.dtype == jnp.float32 else None
+        matmul = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+        d_z = (d_z / self.temperature).astype(h.dtype)
+        d_head = self.place(d_head + matmul("rcv,rcd->rvd", d_z, h), "batch", "vocab", None)
+        return d_head, matmul("rcv,vd->rcd", d_z, self.weights_VxD).astype(h.dtype)
+
+    def no_gradient(self, rows):
+        zeros = jnp.zeros((rows, *self.weights_VxD.shape), jnp.float32)
+        return self.place(zeros, "batch", "vocab", None)
+
+    def sum(self, d_head_RxVxD, dtype):
+        return self.place(jnp.sum(d_head_RxVxD, axis=0), "vocab", "embed").astype(dtype)
+
+
+def _head(hidden, head, temperature, place):
+    return _Head(place(head.astype(hidden.dtype), "vocab", None), temperature, place)
+
+
+def _forward(hidden, head, targets, temperature, chunk, place):
+    head_ = _head(hidden, head, temperature, place)
+
+    def one(_, inputs):
+        h, target = inputs
+        return None, _statistics(head_.logits(h), target)
+
+    _, outs = _scan(one, None, (_chunks(hidden, chunk), _chunks(targets, chunk)))
+    logprobs, entropy, lse = (_unchunk(x, hidden.shape[1]) for x in outs)
+    return (logprobs, entropy), (hidden, head, targets, temperature, entropy, lse)
+
+
+def _backward(chunk, place, residuals, cotangents):
+    hidden, head, targets, temperature, entropy, lse = residuals
+    head_ = _head(hidden, head, temperature, place)
+
+    def one(d_head, inputs):
+        h, *rest = inputs
+        return head_.gradients(_logit_gradient(head_.logits(h), *rest), h, d_head)
+
+    inputs = tuple(_chunks(x, chunk) for x in (hidden, targets, entropy, lse, *cotangents))
+    d_head, d_hidden = _scan(one, head_.no_gradient(hidden.shape[0]), inputs)
+    return _unchunk(d_hidden, hidden.shape[1]), head_.sum(d_head, head.dtype), None, None
+
+
 chunked_logprobs.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6, 7))
+def chunked_loss(loss, hidden_RxMxD, head_VxD, targets_RxM, arrays, temperature, chunk: int, place: Place = ANYWHERE):
+    """A sum over tokens of a function of their log-probs and entropies; its gradient costs three products, not four.
+
+    Args:
+      loss: `(logprobs, entropy, arrays) -> (scalar, aux)` of one chunk, `[R, chunk]` each. The scalars are added; a
+        place where every array of `arrays` is 0 must add nothing. Closes over no traced value.
+      arrays: `(tree of [R, M] arrays, anything)`: the first is cut in chunks, the second given to every call as it is.
+      hidden_RxMxD, head_VxD, targets_RxM, temperature, chunk, place: as in `chunked_logprobs`.
+
+    Returns:
+      `(sum, aux)`, every array of aux with a leading axis: the chunks.
+    """
+    return _loss_forward(loss, hidden_RxMxD, head_VxD, targets_RxM, arrays, temperature, chunk, place)[0]
+
+
+def _loss_forward(loss, hidden, head, targets, arrays, temperature, chunk, place):
+    head_ = _head(hidden, head, temperature, place)
+    by_token, constant = arrays
+    gradient = jax.value_and_grad(lambda *stats, x: loss(*stats, (x, constant)), argnums=(0, 1), has_aux=True)
+
+    def one(carry, inputs):
+        total, d_head = carry
+        h, target, x = inputs
+        z = head_.logits(h)
+        logprob, entropy, lse = _statistics(z, target)
+        (value, aux), d_stats = gradient(logprob, entropy, x=x)
+        d_head, d_h = head_.gradients(_logit_gradient(z, target, entropy, lse, *d_stats), h, d_head)
+        return (total + value, d_head), (d_h, aux)
+
+    inputs = jax.tree.map(lambda x: _chunks(x, chunk), (hidden, targets, by_token))
+    carry = (jnp.zeros((), jnp.float32), head_.no_gradient(hidden.shape[0]))
+    (total, d_head), (d_hidden, aux) = _scan(one, carry, inputs)
+    return (total, aux), (_unchunk(d_hidden, hidden.shape[1]), head_.sum(d_head, head.dtype))
+
+
+def _loss_backward(loss, chunk, place, residuals, cotangents):
+    scaled = ((cotangents[0] * x.astype(jnp.float32)).astype(x.dtype) for x in residuals)
+    return *scaled, None, None, None
+
+
+chunked_loss.defvjp(_loss_forward, _loss_backward)

@@ -169,23 +169,55 @@ class Model:
           `(logprobs, entropy)`, float32 `[B, T]` in nats, aligned with the token: entry t speaks of tokens[t]. Both are
           0 at the first token of each segment and at padding.
         """
+        inputs, scored = self._scoring(params, tokens, positions, segment_ids, temperature)
+        logprob, entropy = logprobs.chunked_logprobs(*inputs)
+        return tuple(jnp.where(scored, x, 0.0).reshape(tokens.shape) for x in (logprob, entropy))
+
+    def token_loss(self, params: Params, tokens, positions, segment_ids, loss, arrays, temperature=1.0):
+        """A sum over tokens of a function of their log-probs: `token_logprobs`, then `loss`, at three quarters of the
+        head's work, because a chunk's gradient is taken while its logits are there.
+
+        Args:
+          params, tokens, positions, segment_ids, temperature: as in `token_logprobs`.
+          loss: `(logprobs, entropy, (by_token, constant)) -> (scalar, aux)` of any tokens; must be a sum over tokens
+            (nothing of whole sequences), add nothing where every array of `by_token` is 0, and close over no array.
+          arrays: `(by_token, constant)`: a tree of `[B, T]` arrays, and a tree given to every call as it is.
+
+        Returns:
+          `(sum, aux)`; each array of aux has a leading axis, one entry per call of `loss`.
+        """
+        (hidden, head, targets, temperature, chunk, place), scored = self._scoring(
+            params, tokens, positions, segment_ids, temperature
+        )
+        by_token, constant = arrays
+        flat = jax.tree.map(lambda x: place(x.reshape(targets.shape), "batch", None), by_token)
+
+        def of_scored(logprob, entropy, given):
+            (scored, by_token), constant = given
+            return loss(*(jnp.where(scored, x, 0.0) for x in (logprob, entropy)), (by_token, constant))
+
+        given = ((scored, flat), constant)
+        return logprobs.chunked_loss(of_scored, hidden, head, targets, given, temperature, chunk, place)
+
+    def _scoring(self, params, tokens, positions, segment_ids, temperature):
+        """What `logprobs` asks for, with the rows of a device end to end; and `[R, M]`, whether a token follows one."""
         hidden = self.hidden(params, tokens, positions, segment_ids)
-        # Entry t needs the hidden state of t - 1; what wraps around in the first column is masked below.
+        # Entry t needs the hidden state of t - 1; what wraps around in the first column is not scored.
         previous = jnp.roll(hidden, 1, axis=1)
         shards = self._place.batch_shards(tokens.shape[0])
-        flat = previous.reshape(shards, -1, previous.shape[-1])
+        same = (segment_ids == jnp.roll(segment_ids, 1, axis=1)) & (segment_ids != 0)
+        scored = same & (jnp.arange(tokens.shape[1]) > 0)[None]
+        flat, targets, scored = (x.reshape(shards, -1, *x.shape[2:]) for x in (previous, tokens, scored))
         chunk = logprobs.chunk_size(flat.shape[1], self.config.vocab_size)
-        logprob, entropy = logprobs.chunked_logprobs(
+        inputs = (
             self._place(flat, "batch", None, None),
             self._network(params).head_weights(),
-            self._place(tokens.reshape(shards, -1), "batch", None),
+            self._place(targets, "batch", None),
             jnp.asarray(temperature, jnp.float32),
             chunk,
             self._place,
         )
-        same = (segment_ids == jnp.roll(segment_ids, 1, axis=1)) & (segment_ids != 0)
-        scored = same & (jnp.arange(tokens.shape[1]) > 0)[None]
-        return tuple(jnp.where(scored, x.reshape(tokens.shape), 0.0) for x in (logprob, entropy))
+        return inputs, self._place(scored, "batch", None)
 
     # -- generation ------------------------------------------------------------------------------------------------
 

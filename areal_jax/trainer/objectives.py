@@ -81,6 +81,13 @@ class Objective:
         """Whether the correction must see the whole batch at once (`keep`)."""
         return CORRECTIONS[self.correction][0] == "whole_batch"
 
+    @property
+    def token_level(self) -> bool:
+        """Whether the loss is a sum over tokens, each of them alone, so that any part of a row is as good as a row."""
+        functions = (OBJECTIVES[self.name], CORRECTIONS[self.correction][1])
+        whole = any(f is not None and "segment_ids" in _parameters(f) for f in functions)
+        return not whole and self.aggregate != "seq_mean_token_mean"
+
     def loss(self, logprobs, entropy, micro, scalars, proximal, reference, keep) -> tuple[jax.Array, measure.Sums]:
         """The loss of one micro-batch over the minibatch's denominators, and what was measured.
 

@@ -59,7 +59,7 @@ class Steps:
     """The jitted functions for one model, objective, optimizer and mesh.
 
     Args:
-      model: has `token_logprobs(params, tokens, positions, segment_ids, temperature) -> (logprobs, entropy)`.
+      model: has `token_logprobs` and `token_loss`, as `models.Model`.
       objective: what is minimised (`objectives.Objective`).
       optimizer: `state.Optimizer`.
       mesh: axes `data`, `fsdp` (rows of a micro-batch are split over both), `tensor`, `expert`.
@@ -125,8 +125,7 @@ class Steps:
     # -- the three steps -------------------------------------------------------------------------------------------
 
     def _forward(self, params: Tree, micro: dict[str, jax.Array], model: Any = None):
-        rows = (micro["tokens"], micro["positions"], micro["segment_ids"])
-        return (model or self.model).token_logprobs(params, *rows, self.temperature)
+        return (model or self.model).token_logprobs(params, *_rows(micro), self.temperature)
 
     def _logprobs(self, params: Tree, micro: dict[str, jax.Array], model: Any = None) -> jax.Array:
         """Log-probs of a micro-batch under `params`, float32 `[rows, row_length]`: the proximal or reference pass."""
@@ -150,9 +149,16 @@ class Steps:
         """
         trained, frozen = state.partition(params, self.optimizer.trained)
 
+        def by_token(logprobs, entropy, arrays):
+            (micro, *given), scalars = arrays
+            return self.objective.loss(logprobs, entropy, micro, scalars, *given)
+
         def loss_fn(trained):
-            logprobs, entropy = self._forward(state.merge(trained, frozen), micro)
-            return self.objective.loss(logprobs, entropy, micro, scalars, proximal, reference, keep)
+            current, arrays = state.merge(trained, frozen), ((micro, proximal, reference, keep), scalars)
+            if self.objective.token_level:
+                loss, sums = self.model.token_loss(current, *_rows(micro), by_token, arrays, self.temperature)
+                return loss, measure.total(sums)
+            return by_token(*self._forward(current, micro), arrays)
 
         (_, added), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         gradients = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), gradients, grads)
@@ -188,6 +194,10 @@ class Steps:
         }
         added = {name: Weighted(jnp.where(apply, x, 0.0).astype(jnp.float32), count) for name, x in measured.items()}
         return new_state, jax.tree.map(jnp.zeros_like, gradients), measure.add(sums, {"mean": added, "max": {}})
+
+
+def _rows(micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return micro["tokens"], micro["positions"], micro["segment_ids"]
 
 
 class CompileCounter:

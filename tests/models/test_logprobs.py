@@ -42,6 +42,34 @@ def test_chunks_equal_the_full_softmax_and_its_gradient(chunk):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize("chunk", [7, 16, 50])
+def test_a_loss_by_chunks_equals_that_of_the_full_softmax_and_its_gradient(chunk):
+    rng = np.random.default_rng(1)
+    hidden, head = rng.standard_normal((2, 50, 12), np.float32), rng.standard_normal((37, 12), np.float32)
+    targets = rng.integers(0, 37, (2, 50), dtype=np.int32)
+    weights = tuple(rng.standard_normal((2, 2, 50), np.float32))
+    temperature, power = jnp.float32(0.7), jnp.float32(1.5)
+
+    def of_tokens(logprob, entropy, arrays):  # not linear, so that its gradient needs the values
+        (w, u), power = arrays
+        return jnp.sum(w * jnp.exp(power * logprob) + u * entropy**2), {"count": jnp.sum(w != 0)}
+
+    def full(hidden, head):
+        return of_tokens(*_full(hidden, head, targets, temperature), (weights, power))
+
+    def chunked(hidden, head):
+        given = (targets, (weights, power), temperature, chunk)
+        value, aux = logprobs.chunked_loss(of_tokens, hidden, head, *given)
+        return 3.0 * value, aux  # what follows the sum counts
+
+    (want, _), want_grad = tiny.jit(jax.value_and_grad(full, (0, 1), has_aux=True))(hidden, head)
+    (got, aux), got_grad = tiny.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, head)
+    np.testing.assert_allclose(got, 3 * want, rtol=1e-5)
+    assert aux["count"].shape == (-(-50 // chunk),) and aux["count"].sum() == 100
+    for a, b in zip(got_grad, want_grad, strict=True):
+        np.testing.assert_allclose(a, 3 * b, atol=6e-5)
+
+
 def test_one_token_by_hand():
     """Logits (ln 1, ln 2, ln 5) at temperature 1: probabilities 1/8, 2/8, 5/8; squared and renormalised at 0.5."""
     hidden, head = jnp.ones((1, 1, 1)), jnp.log(jnp.array([[1.0], [2.0], [5.0]]))
@@ -60,23 +88,32 @@ def test_chunk_size_bounds_the_logits_that_are_alive():
     assert logprobs.chunk_size(8192, 24) == 8192  # small vocabularies are not cut
 
 
-def _temporary_bytes(tokens: int, vocab: int, width: int = 896) -> int:
+def _by_logprobs(hidden, head, targets, chunk):
+    logprob, entropy = logprobs.chunked_logprobs(hidden, head, targets, jnp.float32(1.0), chunk)
+    return jnp.sum(logprob) + jnp.sum(entropy)
+
+
+def _by_loss(hidden, head, targets, chunk):
+    def of_tokens(logprob, entropy, arrays):
+        return jnp.sum(logprob) + jnp.sum(entropy), ()
+
+    return logprobs.chunked_loss(of_tokens, hidden, head, targets, ((), ()), jnp.float32(1.0), chunk)[0]
+
+
+def _temporary_bytes(loss, tokens: int, vocab: int, width: int = 896) -> int:
     """What forward and backward need beside arguments and results, from XLA's own memory analysis; nothing runs."""
     shapes = jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16), jax.ShapeDtypeStruct((vocab, width), jnp.float32)
     targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
-    def loss(hidden, head, targets):
-        chunk = logprobs.chunk_size(tokens, vocab)
-        logprob, entropy = logprobs.chunked_logprobs(hidden, head, targets, jnp.float32(1.0), chunk)
-        return jnp.sum(logprob) + jnp.sum(entropy)
-
+    loss = functools.partial(loss, chunk=logprobs.chunk_size(tokens, vocab))
     lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes, targets)
     return lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis().temp_size_in_bytes
 
 
-def test_memory_does_not_grow_with_tokens_times_vocabulary():
+@pytest.mark.parametrize("loss", [_by_logprobs, _by_loss])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(loss):
     vocab = 151_936
-    few, many = _temporary_bytes(4096, vocab), _temporary_bytes(16_384, vocab)
+    few, many = _temporary_bytes(loss, 4096, vocab), _temporary_bytes(loss, 16_384, vocab)
     whole = 4 * 16_384 * vocab  # one float32 copy of the logits, 9.96 GB
     print(f"temporaries: {few / 1e9:.2f} GB at 4k tokens, {many / 1e9:.2f} GB at 16k; the logits: {whole / 1e9:.2f} GB")
     assert many < whole / 3

@@ -14,13 +14,21 @@ MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)]
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (fake) devices")
 
 
-def _step(model, params, batch):
-    """Loss, and gradients constrained to the parameters' own shards."""
-    tokens, positions, segment_ids, weights = batch
+def _weighted(logprob, entropy, arrays):
+    (weights,), entropy_weight = arrays
+    return jnp.sum(weights * (logprob + entropy_weight * entropy)), ()
+
+
+def _step(model, params, batch, by_chunks=False):
+    """Loss, log-probs, and gradients constrained to the parameters' own shards."""
+    *rows, weights = batch
+    arrays = ((weights,), jnp.float32(0.2))
 
     def loss(p):
-        logprob, entropy = model.token_logprobs(p, tokens, positions, segment_ids, 0.9)
-        return jnp.sum(weights * (logprob + 0.2 * entropy)), logprob
+        logprob, entropy = model.token_logprobs(p, *rows, 0.9)
+        if by_chunks:
+            return model.token_loss(p, *rows, _weighted, arrays, 0.9)[0], logprob
+        return _weighted(logprob, entropy, arrays)[0], logprob
 
     (value, logprob), grads = jax.value_and_grad(loss, has_aux=True)(params)
     if model.mesh is not None:
@@ -29,15 +37,16 @@ def _step(model, params, batch):
 
 
 @pytest.mark.parametrize(
-    "name, sizes",
+    "name, sizes, by_chunks",
     [
-        *(pytest.param("qwen2-tied", sizes, marks=pytest.mark.slow) for sizes in MESHES[:2]),
-        ("qwen2-untied", MESHES[2]),
-        pytest.param("qwen3-moe", dict(data=2, fsdp=2, expert=2), marks=pytest.mark.slow),
+        *(pytest.param("qwen2-tied", sizes, True, marks=pytest.mark.slow) for sizes in MESHES[:2]),
+        ("qwen2-untied", MESHES[2], True),
+        pytest.param("qwen2-tied", MESHES[2], False, marks=pytest.mark.slow),
+        pytest.param("qwen3-moe", dict(data=2, fsdp=2, expert=2), False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_eight_devices_give_the_numbers_of_one(name, sizes, monkeypatch):
+def test_eight_devices_give_the_numbers_of_one(name, sizes, by_chunks, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)  # chunks of the smallest size: several, whatever the mesh
     model, params = tiny.model_and_params(name)
     weights = np.random.default_rng(3).standard_normal((8, 160)).astype(np.float32)
@@ -46,7 +55,7 @@ def test_eight_devices_give_the_numbers_of_one(name, sizes, monkeypatch):
     sharded = model.with_(mesh=models.make_mesh(**sizes))
     placed = jax.device_put(params, sharded.param_shardings())
     rows = sharding.named_sharding(sharded.mesh, ("batch", None), (8, 160))
-    got = tiny.jit(lambda p, b: _step(sharded, p, b))(placed, jax.device_put(batch, rows))
+    got = tiny.jit(lambda p, b: _step(sharded, p, b, by_chunks))(placed, jax.device_put(batch, rows))
     same_place = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, g.ndim), got[2], placed)
     assert all(jax.tree.leaves(same_place))
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from areal_jax import models
+from areal_jax.models import logprobs
 from areal_jax.trainer import objectives, packing, steps
 from tests.trainer import toy
 
@@ -76,6 +77,40 @@ def test_gradients_do_not_depend_on_the_mesh(sizes, batch, reference_gradient):
         jax.tree.leaves(sharded.model.param_shardings()), jax.tree.leaves(sharded.state.params), strict=True
     ):
         assert after.sharding.is_equivalent_to(before, after.ndim)
+
+
+@pytest.mark.parametrize(
+    "name, correction",
+    [("decoupled_ppo", "none"), pytest.param("sapo", "icepop", marks=pytest.mark.slow)],
+)
+def test_a_token_level_objective_is_the_same_by_chunks_and_by_rows(name, correction, batch, monkeypatch):
+    settings = toy.settings(
+        rows=4, objective=name, correction=correction, entropy_coef=0.1, kl_coef=0.1, proximal="recompute"
+    )
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)  # several chunks
+    made = []
+    for by_chunks in (True, False):
+        with monkeypatch.context() as patch:
+            if not by_chunks:
+                patch.setattr(objectives.Objective, "token_level", False)
+            one = toy.make_learner(settings)
+            assert one.objective.token_level == by_chunks
+            report = one.step(dataclasses.replace(batch, version=0)).report()
+            report = {n: x for n, x in report.items() if isinstance(x, float)}
+            made.append((report, np.concatenate([np.ravel(x) for x in jax.tree.leaves(one.state.params)])))
+    (report, params), (expected, expected_params) = made
+    assert report == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    np.testing.assert_allclose(params, expected_params, atol=1e-6)
+
+
+def test_what_looks_at_whole_sequences_is_not_token_level():
+    def level(name, **settings):
+        return objectives.make(name, REQUIRED.get(name), **settings).token_level
+
+    assert [name for name in ALL if not level(name)] == ["asympo", "gspo", "topr", "vespo"]
+    assert not level("ppo_clip", correction="opsm", correction_args={"delta": 0.1})
+    assert not level("ppo_clip", aggregate="seq_mean_token_mean")
+    assert level("ppo_clip", aggregate="seq_mean_token_sum", correction="tis")
 
 
 def plain_update(model, params, batch, config):
