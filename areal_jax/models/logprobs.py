@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from areal_jax.models.sharding import ANYWHERE, Place
+from areal_jax.models.sharding import ANYWHERE, Place, on_gpu
 
 # Float32 logits alive per device: 512 MiB, and on a GPU 2 GiB, where each chunk reads and writes the head's gradient.
 LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_GPU = 2**27, 2**29
@@ -48,7 +48,7 @@ def chunked_logprobs(hidden_RxMxD, head_VxD, targets_RxM, temperature, chunk: in
 def chunk_size(tokens: int, vocab: int, logits: int | None = None) -> int:
     """Tokens per chunk (of one device): as few chunks, of equal size, as have `logits` logits each at most."""
     if logits is None:
-        logits = LOGITS_PER_CHUNK_GPU if jax.default_backend() == "gpu" else LOGITS_PER_CHUNK
+        logits = LOGITS_PER_CHUNK_GPU if on_gpu() else LOGITS_PER_CHUNK
     chunks = -(-tokens // max(128, logits // vocab))
     return -(-tokens // chunks)
 
@@ -82,14 +82,33 @@ def _scan(body, carry, xs):
 
 def _statistics(z, target):
     """(log-prob of the target, entropy, log of the sum of exponentials), `[...]` each, of logits `[..., V]`."""
+    at_target = jnp.where(_is_target(target, z.shape[-1]), z, 0.0)
+    largest, total, weighted, chosen = (_one_pass if on_gpu() else _two_passes)(z, at_target)
+    log_total = jnp.log(total)
+    return chosen - largest - log_total, log_total - weighted / total, largest + log_total
+
+
+def _two_passes(z, at_target):
+    """Over the vocabulary: the largest logit m, Σ e^(z - m), Σ e^(z - m) (z - m), and Σ at_target."""
     largest = jnp.max(z, axis=-1, keepdims=True)
     below = z - largest
     e = jnp.exp(below)
-    # Three sums over the vocabulary that a GPU takes in one pass over the logits.
-    total, weighted = jnp.sum(e, axis=-1), jnp.sum(e * below, axis=-1)
-    chosen = jnp.sum(jnp.where(_is_target(target, z.shape[-1]), below, 0.0), axis=-1)
-    log_total = jnp.log(total)
-    return chosen - log_total, log_total - weighted / total, largest[..., 0] + log_total
+    return largest[..., 0], jnp.sum(e, axis=-1), jnp.sum(e * below, axis=-1), jnp.sum(at_target, axis=-1)
+
+
+def _one_pass(z, at_target):
+    """The same, reading the logits once: sums of two parts are brought to the larger m of the two."""
+
+    def join(a, b):
+        largest = jnp.maximum(a[0], b[0])
+        below = [x[0] - largest for x in (a, b)]
+        scale = [jnp.exp(d) for d in below]
+        total = a[1] * scale[0] + b[1] * scale[1]
+        weighted = (a[2] + below[0] * a[1]) * scale[0] + (b[2] + below[1] * b[1]) * scale[1]
+        return largest, total, weighted, a[3] + b[3]
+
+    nothing = (jnp.float32(-1e30), *[jnp.float32(0)] * 3)  # finite: two of them differ by 0
+    return jax.lax.reduce((z, jnp.ones_like(z), jnp.zeros_like(z), at_target), nothing, join, (z.ndim - 1,))
 
 
 def _logit_gradient(z, target, entropy, lse, d_logprob, d_entropy):

@@ -28,7 +28,7 @@ REMAT = {
     "full": (),
     "attention": ("attention_out",),
     "attention_qkv": ("qkv", "attention_out"),
-    "attention_mlp": ("qkv", "attention_out", "mlp_gate", "mlp_up"),
+    "attention_mlp": ("qkv", "attention_out", "mlp_gate_up"),
 }
 
 # A loop over the layers compiles fast, and copies what the backward pass needs into stacked arrays and out again.

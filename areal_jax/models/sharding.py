@@ -30,6 +30,11 @@ RULES: Rules = (
 )
 
 
+def on_gpu() -> bool:
+    """Whether programs are compiled for GPUs, where some things pay that cost on CPUs."""
+    return jax.default_backend() == "gpu"
+
+
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """A mesh over `data`, `fsdp`, `tensor`, `expert` (sizes default to 1), with Auto axis types.
 

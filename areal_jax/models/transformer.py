@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from areal_jax.models import moe
 from areal_jax.models.config import ModelConfig, ModelError, Rope
+from areal_jax.models.sharding import on_gpu
 
 # (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, state) -> (out_BxTxNxH, state): how a query finds its keys.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, object], tuple[jax.Array, object]]
@@ -86,8 +87,9 @@ class Linear(nnx.Module):
         self.lora_a = make("layers", "lora", *into) if adapted else None
         self.lora_b = make("layers", *out, "lora", init="zeros") if adapted else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(x, self.kernel[...], self.inputs)
+    def __call__(self, x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+        """The result; `y` is W x, where the caller has it."""
+        y = contract(x, self.kernel[...], self.inputs) if y is None else y
         if self.lora_a is not None:
             low = contract(x, self.lora_a[...], self.inputs)
             y += contract(low, self.lora_b[...], 1) * jnp.asarray(self.scale, y.dtype)
@@ -176,7 +178,13 @@ class Mlp(nnx.Module):
         self.down = Linear(make, "down", ("embed",), ("mlp",))
 
     def __call__(self, x: jax.Array, mix: Mix) -> jax.Array:
-        gate, up = checkpoint_name(self.gate(x), "mlp_gate"), checkpoint_name(self.up(x), "mlp_up")
+        if on_gpu() and len(x) > x.shape[-1]:  # enough tokens to pay for a copy of the matrices
+            # One product, the rows of both in turn: then XLA takes both gradients in one pass over memory, too.
+            kernel_Fx2xD = jnp.stack([w.kernel[...].astype(x.dtype) for w in (self.gate, self.up)], axis=1)
+            both_MxFx2 = checkpoint_name(contract(x, kernel_Fx2xD, 1), "mlp_gate_up")
+            gate, up = self.gate(x, both_MxFx2[..., 0]), self.up(x, both_MxFx2[..., 1])
+        else:
+            gate, up = (checkpoint_name(w(x), "mlp_gate_up") for w in (self.gate, self.up))
         return self.down(jax.nn.silu(gate) * up)
 
 

@@ -18,6 +18,13 @@ def _full(hidden, head, targets, temperature):
     return chosen, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
+@pytest.fixture(params=[False, True], ids=["two passes", "one pass"])
+def on_gpu(request, monkeypatch):
+    """Both ways to take the sums of a softmax; that of GPUs is right anywhere."""
+    monkeypatch.setattr(logprobs, "on_gpu", lambda: request.param)
+
+
+@pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("chunk", [7, 16, 50])
 def test_chunks_equal_the_full_softmax_and_its_gradient(chunk):
     rng = np.random.default_rng(0)
@@ -70,6 +77,16 @@ def test_a_loss_by_chunks_equals_that_of_the_full_softmax_and_its_gradient(chunk
         np.testing.assert_allclose(a, 3 * b, atol=6e-5)
 
 
+@pytest.mark.usefixtures("on_gpu")
+def test_logits_as_far_apart_as_float32_allows():
+    logits = jnp.array([[[80.0, -80.0, 0.0], [-1e20, 5.0, 5.0], [3e38, 0.0, -3e38]]])
+    targets = jnp.array([[0, 1, 0]])
+    logprob, entropy, _ = logprobs._statistics(logits, targets)
+    np.testing.assert_allclose(logprob, [[0.0, -np.log(2), 0.0]], atol=1e-6)
+    np.testing.assert_allclose(entropy, [[0.0, np.log(2), 0.0]], atol=1e-6)
+
+
+@pytest.mark.usefixtures("on_gpu")
 def test_one_token_by_hand():
     """Logits (ln 1, ln 2, ln 5) at temperature 1: probabilities 1/8, 2/8, 5/8; squared and renormalised at 0.5."""
     hidden, head = jnp.ones((1, 1, 1)), jnp.log(jnp.array([[1.0], [2.0], [5.0]]))

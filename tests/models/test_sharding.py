@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from areal_jax import models
-from areal_jax.models import logprobs, sharding
+from areal_jax.models import logprobs, sharding, transformer
 from tests.models import tiny
 
 MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)]
@@ -48,6 +48,7 @@ def _step(model, params, batch, by_chunks=False):
 )
 def test_eight_devices_give_the_numbers_of_one(name, sizes, by_chunks, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)  # chunks of the smallest size: several, whatever the mesh
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK_GPU", 1)
     model, params = tiny.model_and_params(name)
     weights = np.random.default_rng(3).standard_normal((8, 160)).astype(np.float32)
     batch = (*tiny.packed(8, 160), weights)
@@ -55,6 +56,8 @@ def test_eight_devices_give_the_numbers_of_one(name, sizes, by_chunks, monkeypat
     sharded = model.with_(mesh=models.make_mesh(**sizes))
     placed = jax.device_put(params, sharded.param_shardings())
     rows = sharding.named_sharding(sharded.mesh, ("batch", None), (8, 160))
+    for part in (logprobs, transformer):  # what only GPUs do is right on any mesh, too
+        monkeypatch.setattr(part, "on_gpu", lambda: by_chunks)
     got = tiny.jit(lambda p, b: _step(sharded, p, b, by_chunks))(placed, jax.device_put(batch, rows))
     same_place = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, g.ndim), got[2], placed)
     assert all(jax.tree.leaves(same_place))
