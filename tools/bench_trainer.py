@@ -13,6 +13,7 @@ not. Rematerialised work does not count.
 from __future__ import annotations
 
 import argparse
+import bisect
 import dataclasses
 import gc
 import json
@@ -31,7 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from areal_jax.launch.roles import as_role
 from areal_jax.models import Model, ModelConfig
-from areal_jax.trainer import learner
+from areal_jax.trainer import learner, packing
 from areal_jax.trainer.batch import TrainBatch
 from areal_jax.trainer.config import TrainerConfig
 from areal_jax.trainer.packing import Sample
@@ -67,6 +68,19 @@ def lengths_of(mix: str, total: int, longest: int, seed: int = 0) -> np.ndarray:
     while not lengths or sum(lengths) + (low + high) // 2 <= total:
         lengths.append(int(rng.integers(low, high + 1)))
     return np.array(lengths)
+
+
+def lengths_that_fit(args: argparse.Namespace) -> np.ndarray:
+    """As many sequences of the mix as packing gets into the step's micro-batches, so that none of them is half empty."""
+    rows, limit = args.rows * args.micro_batches, packing.max_segments(settings_of(args))
+    lengths = lengths_of(args.lengths, rows * args.row_length, args.row_length)
+    if args.packing == "fixed":
+        return lengths[:rows]
+
+    def too_many(n):
+        return len(packing.allocate(lengths[:n], args.row_length, max_items=limit)) > rows
+
+    return lengths[: bisect.bisect_left(range(1, len(lengths) + 1), True, key=too_many)]
 
 
 def samples_of(lengths: np.ndarray, vocab: int) -> list[Sample]:
@@ -245,8 +259,7 @@ def machine() -> str:
 
 def measure(args: argparse.Namespace, which: str) -> dict:
     config = ModelConfig(**SIZES[args.size])
-    positions = args.rows * args.row_length * args.micro_batches
-    lengths = lengths_of(args.lengths, int(0.96 * positions), args.row_length)  # about what packing gets into them
+    lengths = lengths_that_fit(args)
     samples = samples_of(lengths, config.vocab_size)
     found = (measure_jax if which == "areal_jax" else measure_torch)(args, config, samples)
     gc.collect()
@@ -286,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--rows", type=int, default=8, help="rows per micro-batch, over all devices")
     parser.add_argument("--row-length", type=int, default=512)
-    parser.add_argument("--micro-batches", type=int, default=8, help="about so many per step")
+    parser.add_argument("--micro-batches", type=int, default=8, help="per step, as full as packing gets them")
     parser.add_argument("--lengths", default="uniform:64:512", help="full, fixed:N or uniform:LOW:HIGH (tokens)")
     parser.add_argument("--packing", choices=("dynamic", "fixed"), default="dynamic")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: bfloat16 on a GPU")

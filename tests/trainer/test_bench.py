@@ -1,5 +1,6 @@
 """The measuring tool measures what it says: FLOPs by hand, the mix of lengths, and a whole tiny measurement."""
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from areal_jax.models import Model, ModelConfig
+from areal_jax.trainer import packing
 
 PATH = Path(__file__).parents[2] / "tools" / "bench_trainer.py"
 
@@ -52,6 +54,18 @@ def test_lengths_follow_the_mix(bench):
     assert bench.lengths_of("full", 256, 64).tolist() == [64] * 4
     with pytest.raises(SystemExit, match="must lie between 2 and --row-length 64"):
         bench.lengths_of("fixed:65", 256, 64)
+
+
+def test_a_steps_micro_batches_are_full_and_no_more(bench):
+    args = argparse.Namespace(
+        rows=4, row_length=512, micro_batches=8, lengths="uniform:32:256", packing="dynamic", dtype="float32",
+        remat="none", attention="auto", layers="auto", max_segments=16, data=1, fsdp=1, tensor=1,
+    )  # fmt: skip
+    lengths = bench.lengths_that_fit(args)
+    assert 0.97 < lengths.sum() / (8 * 4 * 512) <= 1
+    assert len(packing.allocate(lengths, 512, max_items=16)) <= 32
+    more = bench.lengths_of(args.lengths, 8 * 4 * 512, 512)[: len(lengths) + 1]
+    assert len(more) == len(lengths) or len(packing.allocate(more, 512, max_items=16)) > 32
 
 
 @pytest.mark.slow
