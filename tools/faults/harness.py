@@ -57,8 +57,7 @@ class Fault:
     fails: str = ""  # the run must not finish: it ends with these words
     ends: str = ""  # the first life of the run ends with these words; the same command must finish it
     quarantined: int = 0
-    # Times that the role is started again, exactly or in a range, and no other; None: as it comes.
-    restarts: int | range | None = 1
+    restarts: int | None = 1  # times that the role is started again, and no other; None: as it comes
     disk: int = 0  # bytes of a file system of the run's own; 0: it has none
     random: bool = False  # the seed matters
 
@@ -255,8 +254,7 @@ def as_expected(again: dict[str, int], fault: Fault) -> bool:
     own = sum(n for name, n in again.items() if name.partition("-")[0] == fault.role)
     others = {name: n for name, n in again.items() if name.partition("-")[0] != fault.role}
     back = {"controller": 1, "rewards-0": 1, "rollout-0": 1}
-    right = own in fault.restarts if isinstance(fault.restarts, range) else own == fault.restarts
-    return right and (not others or (fault.role == "trainer" and others == back))
+    return own == fault.restarts and (not others or (fault.role == "trainer" and others == back))
 
 
 def accounts(workdir: Path, quarantined: int) -> Iterator[str]:
