@@ -51,7 +51,7 @@ STEP_SECONDS = 600.0  # for one step, when nobody is killed
 # By how much a role's longest life may grow after its first third, in MB of memory and of shared memory and in
 # descriptors: what allocators and caches come to later than that, and so much for each update. The trainer's is known:
 # TensorStore 0.1.86 keeps some 37 kB for each checkpoint, of which there is one in five updates.
-GROWTH = {"mb": (16.0, 0.02), "shared_mb": (16.0, 0.0), "fds": (8.0, 0.0)}
+GROWTH = {"mb": (8.0, 0.015), "shared_mb": (8.0, 0.0), "fds": (8.0, 0.0)}
 JUDGED_UPDATES = 100  # a life with fewer in that time says nothing
 GONE_SECONDS = 150.0  # for what is left to end, when the launcher was killed
 
@@ -115,15 +115,16 @@ class Soak:
         return self.random.uniform(*self.every) if self.every else float("inf")
 
     def measure(self) -> None:
-        """One row of memory (MB), descriptors, shared memory (MB) and process per role, children included; of complete
-        roles only."""
+        """One row of memory (MB), descriptors, shared memory (MB) and process ids per role, children included; of
+        complete roles only."""
         row: dict[str, Any] = {"at": round(time.time() - self.began, 2)}
         self.steps += [row["at"]] * (len(_record(self.run.workdir)) - len(self.steps))
         for name, members in self.run.roles().items():
             with contextlib.suppress(psutil.Error):
                 memory = sum(p.memory_info().rss for p in members) / 1e6
                 shared = judge.shared_bytes(members) / 1e6
-                row[name] = [round(memory, 1), sum(p.num_fds() for p in members), round(shared, 2), members[0].pid]
+                files, pids = sum(p.num_fds() for p in members), [p.pid for p in members]
+                row[name] = [round(memory, 1), files, round(shared, 2), pids]
         self.series.append(row)
 
     def kill(self) -> None:
@@ -220,18 +221,19 @@ def _record(workdir: Path) -> list[dict[str, Any]]:
 
 
 def growth(series: list[dict[str, Any]], steps: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Per role: greatest memory (MB) and descriptors; and of its longest life the updates (at the times `steps`) after
-    its first third, and what it had at the beginning and the end of that time, each the median over a quarter of it."""
+    """Per role: greatest memory (MB) and descriptors; and of its longest life with the same processes the updates (at
+    the times `steps`) after the first third, and what it had at the beginning and the end of that time, each the median
+    over a quarter of it."""
     found = {}
     for name in sorted({name for row in series for name in row} - {"at"}):
         rows = [(row["at"], *row[name]) for row in series if name in row]
-        pid, _ = Counter(row[-1] for row in rows).most_common(1)[0]
-        life = [row for row in rows if row[-1] == pid]
+        pids, _ = Counter(tuple(row[-1]) for row in rows).most_common(1)[0]
+        life = [row for row in rows if tuple(row[-1]) == pids]
         late = life[len(life) // 3 :]
         quarter = max(1, len(late) // 4)
         first, last = (late[place][0] for place in (quarter // 2, -1 - quarter // 2))
         found[name] = {
-            "lives": len({row[-1] for row in rows}), "mb_max": max(row[1] for row in rows),
+            "lives": len({row[-1][0] for row in rows}), "mb_max": max(row[1] for row in rows),
             "fds_max": max(row[2] for row in rows), "longest_life_rows": len(life),
             "updates": bisect.bisect(steps, last) - bisect.bisect(steps, first),
         }  # fmt: skip

@@ -82,7 +82,7 @@ def series(seconds=1800, lives=1, **grows):
     """One row each second; `grows`: mb, fds or shared_mb as a function of the time."""
     flat = {"mb": lambda t: 500.0 + t % 7, "fds": lambda t: 60 + t % 3, "shared_mb": lambda t: 4.0} | grows
     return [
-        {"at": float(t), "trainer-0": [*(flat[what](t) for what in ("mb", "fds", "shared_mb")), t * lives // seconds]}
+        {"at": float(t), "trainer-0": [*(flat[what](t) for what in ("mb", "fds", "shared_mb")), [t * lives // seconds]]}
         for t in range(seconds)
     ]
 
@@ -103,6 +103,14 @@ def test_what_is_known_to_grow_and_what_grows_at_the_beginning_is_right():
     assert grown(series()) == []
     assert grown(series(mb=lambda t: 300.0 + min(t, 500), fds=lambda t: 60 + min(t, 500) // 10)) == []
     assert grown(series(mb=lambda t: 500.0 + 0.037 * (t // 5))) == []
+
+
+def test_a_pool_that_gets_one_more_process_has_not_grown():
+    more = series(mb=lambda t: 500.0 + 60.0 * (t >= 900), fds=lambda t: 60 + 10 * (t >= 900))
+    assert grown(more)
+    for row in more[900:]:
+        row["trainer-0"][-1].append(7)
+    assert grown(more) == []
 
 
 def test_a_life_too_short_to_say_anything_is_not_judged():
