@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,8 +48,7 @@ class Waiting:
         first = not self.problem
         if first:
             self._since = now
-        where = f"{error.filename} cannot be written: {error.strerror}" if error.filename else str(error)
-        self.problem = " ".join(where.split())
+        self.problem = _in_words(error)
         if now - self._since > self._limit:
             raise DiskFull(f"{self.problem}; tried for {now - self._since:.0f} s (controller.disk_limit)")
         return first
@@ -58,6 +57,20 @@ class Waiting:
         """All is written; True if that is news."""
         was, self.problem = self.problem, ""
         return bool(was)
+
+
+def _in_words(error: OSError) -> str:
+    where = f"{error.filename} cannot be written: {error.strerror}" if error.filename else str(error)
+    return " ".join(where.split())
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """For whoever must not wait for room: the first `OSError` is a `DiskFull`."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskFull(f"{_in_words(error)}; several trainer processes do not wait for room") from error
 
 
 def insist(

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from areal_jax.disk import DiskFull, insist, release, reserve
+from areal_jax.disk import DiskFull, insist, no_waiting, release, reserve
 
 NO_ROOM = OSError(errno.ENOSPC, "No space left on device", "/run/trained.jsonl")
 
@@ -55,6 +55,12 @@ def test_what_takes_long_to_write_is_not_written_all_the_time_and_who_watches_is
     assert world.insist(300.0, tell=told.append) == "written"
     assert world.tries == 7  # not one after the other, which would be 12
     assert told == ["/run/trained.jsonl cannot be written: No space left on device"] * 6 + [""]
+
+
+def test_who_may_not_wait_says_at_once_which_file_it_is_about():
+    why = r"^/run/trained.jsonl cannot be written: No space left on device; several trainer processes do not wait"
+    with pytest.raises(DiskFull, match=why), no_waiting():
+        World(room_at=100.0).write()
 
 
 def test_room_is_kept_and_given_back(tmp_path):

@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(fault.name for fault in faults))
         return 0
     found = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    outcomes, code = [Outcome(**row) for row in found], commit()
+    outcomes, code = [Outcome(**row) for row in found if row["fault"] in known], commit()  # some may have gone
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         cache = options.cache or f"{scratch}/compiled"
         for fault in faults:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -34,18 +36,23 @@ KINDS = {
     "areal_jax.launch.guardian": "guardian",
 }  # fmt: skip
 VERIFIER = "areal_jax.rewards.worker"  # in the text of a program
-CLEANER = "multiprocessing.resource_tracker"  # likewise; it removes
-CLEANED = ("sem.mp-", "psm_")
 
 
 # --- Its processes --------------------------------------------------------------------------------------------------
 
 
 class Watched:
-    """The run in `workdir`, with temporary files in `temporary`; found by a mark, as its launcher may be dead."""
+    """The run in `workdir`, with temporary files in `temporary`; found by two marks, as its launcher may be dead.
+
+    One is in the environment. Programs under test have another environment and, in a sandbox, another session and root;
+    but they inherit a limit on message queues, which nobody here uses: a number of the run's own.
+    """
 
     def __init__(self, workdir: Path, temporary: Path):
         self.workdir, self.temporary, self.mark = workdir, temporary, uuid.uuid4().hex
+        _, most = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
+        most = most if most > 0 else 1 << 30  # -1: no limit
+        self.limit = random.SystemRandom().randrange(most // 2, most)
         self.launcher: subprocess.Popen | None = None
         self.shared_before = shared_memory()
         temporary.mkdir(parents=True, exist_ok=True)
@@ -58,20 +65,28 @@ class Watched:
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen:
         """Start a process of the run, which is told to end should this one die; what it says is added to `log`."""
+        limited = f"import os, resource as r, sys; r.setrlimit(r.RLIMIT_MSGQUEUE, ({self.limit}, {self.limit})); "
+        limited += "os.execvp(sys.argv[1], sys.argv[1:])"
         with open(log, "ab") as file:
             return subprocess.Popen(
-                [sys.executable, "-S", child.__file__, str(os.getpid()), "0", *command], cwd=ROOT,
-                env=self.environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                [sys.executable, "-S", child.__file__, str(os.getpid()), "0", sys.executable, "-Sc", limited, *command],
+                cwd=ROOT, env=self.environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )  # fmt: skip
 
     def processes(self) -> list[psutil.Process]:
         """All that live, whoever their parent is."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return [process for process in psutil.process_iter() if self._owns(process)]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == self.mark:
+                return True
+        with contextlib.suppress(psutil.Error):
+            return process.rlimit(psutil.RLIMIT_MSGQUEUE) == (self.limit, self.limit)
+        return False
 
     def roles(self) -> dict[str, list[psutil.Process]]:
         """{"rollout-0": [its process, its children ...], ...}; verifier processes are together under "verifier"."""
@@ -145,8 +160,7 @@ def shared_memory() -> set[str]:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a living process of this machine has `path`, or something below it, open or mapped; or, of what Python's
-    multiprocessing has named, whether any of its cleaners lives, who may still be about to remove it.
+    """Whether a living process of this machine has `path`, or something below it, open or mapped.
 
     A semaphore is mapped under another name (glibc links it to its own when it is ready), so its inode is looked for.
     """
@@ -154,8 +168,6 @@ def in_use(path: Path) -> bool:
         inode = str(path.stat().st_ino)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if path.name.startswith(CLEANED) and CLEANER in " ".join(process.cmdline()):
-                    return True
                 maps = [line.split(maxsplit=5) for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()]
                 shared = [line for line in maps if len(line) == 6 and line[5].startswith(f"{SHARED_MEMORY}/")]
                 if any(line[4] == inode or line[5].startswith(f"{path}/") for line in shared):
@@ -166,6 +178,19 @@ def in_use(path: Path) -> bool:
                         if target == str(path) or target.startswith(f"{path}/"):
                             return True
     return False
+
+
+def shared_bytes(processes: Sequence[psutil.Process]) -> int:
+    """Bytes of shared memory, with a name or without, that `processes` have open; what several have counts once."""
+    held = {}
+    for process in processes:
+        with contextlib.suppress(OSError):
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(descriptor).startswith(("/memfd:", f"{SHARED_MEMORY}/")):
+                        found = descriptor.stat()
+                        held[found.st_dev, found.st_ino] = 512 * found.st_blocks
+    return sum(held.values())
 
 
 def lock_is_free(workdir: Path) -> bool:

@@ -6,21 +6,25 @@ descriptors of every role are written down. `--minutes` after its first step the
 more for a few steps, and left to finish. Then every sample is looked for: none may be trained on twice, none lost, none
 too old; no process and no shared memory may be left. `--every=0` kills nobody: a run to see memory stay flat.
 
-Anything wrong is listed, and the exit code is 1. Needs psutil and, for the plot, matplotlib (the extra "dev").
+Anything wrong is listed, and the exit code is 1; so is memory, shared memory or descriptors of a role that grow beyond
+`GROWTH`. Needs psutil and, for the plot, matplotlib (the extra "dev").
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import json
 import os
 import platform
 import random
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,11 @@ SETTINGS = {
 }  # fmt: skip
 ENDLESS = 10**6  # steps
 STEP_SECONDS = 600.0  # for one step, when nobody is killed
+# By how much a role's longest life may grow after its first third, in MB of memory and of shared memory and in
+# descriptors: what allocators and caches come to later than that, and so much for each update. The trainer's is known:
+# TensorStore 0.1.86 keeps some 37 kB for each checkpoint, of which there is one in five updates.
+GROWTH = {"mb": (8.0, 0.015), "shared_mb": (8.0, 0.0), "fds": (8.0, 0.0)}
+JUDGED_UPDATES = 100  # a life with fewer in that time says nothing
 GONE_SECONDS = 150.0  # for what is left to end, when the launcher was killed
 
 
@@ -106,13 +115,16 @@ class Soak:
         return self.random.uniform(*self.every) if self.every else float("inf")
 
     def measure(self) -> None:
-        """One row of memory (MB) and descriptors per role, children included; of complete roles only."""
+        """One row of memory (MB), descriptors, shared memory (MB) and process ids per role, children included; of
+        complete roles only."""
         row: dict[str, Any] = {"at": round(time.time() - self.began, 2)}
         self.steps += [row["at"]] * (len(_record(self.run.workdir)) - len(self.steps))
         for name, members in self.run.roles().items():
             with contextlib.suppress(psutil.Error):
                 memory = sum(p.memory_info().rss for p in members) / 1e6
-                row[name] = [round(memory, 1), sum(p.num_fds() for p in members), members[0].pid]
+                shared = judge.shared_bytes(members) / 1e6
+                files, pids = sum(p.num_fds() for p in members), [p.pid for p in members]
+                row[name] = [round(memory, 1), files, round(shared, 2), pids]
         self.series.append(row)
 
     def kill(self) -> None:
@@ -184,6 +196,7 @@ def result(soak: Soak, steps: int, options: argparse.Namespace) -> dict[str, Any
     wrong += judge.secrets(workdir)
     samples = sum(group.samples for groups in trained.values() for group in groups)
     lags = Counter(step - group.oldest for step, groups in trained.items() for group in groups)
+    roles = growth(soak.series, soak.steps)
     # Of a step that was made again after going back to a checkpoint, the last time counts.
     times = {row["version"]: at for row, at in zip(_record(workdir), soak.steps, strict=False)}
     return {
@@ -196,7 +209,7 @@ def result(soak: Soak, steps: int, options: argparse.Namespace) -> dict[str, Any
         "quarantined": state.ledger.totals.get("quarantined", 0),
         "late_or_duplicate_results_refused": summary.get("late_results", 0) + summary.get("duplicate_results", 0),
         "longest_end_after_launcher_killed": max((e.get("gone_after", 0.0) for e in soak.events), default=0.0),
-        "roles": growth(soak.series), "problems": soak.problems + wrong,
+        "roles": roles, "problems": soak.problems + wrong + growth_problems(roles),
         "events": soak.events, "series": soak.series,
         "trained": [[at, sum(group.samples for group in trained[i])] for i, at in times.items() if i in trained],
     }  # fmt: skip
@@ -207,20 +220,40 @@ def _record(workdir: Path) -> list[dict[str, Any]]:
     return judge.lines(workdir / "trained.jsonl")
 
 
-def growth(series: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Per role: greatest memory (MB) and descriptors, and those of its longest life, one third and at the end of it."""
+def growth(series: list[dict[str, Any]], steps: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Per role: greatest memory (MB) and descriptors; and of its longest life with the same processes the updates (at
+    the times `steps`) after the first third, and what it had at the beginning and the end of that time, each the median
+    over a quarter of it."""
     found = {}
     for name in sorted({name for row in series for name in row} - {"at"}):
-        rows = [row[name] for row in series if name in row]
-        pid, _ = Counter(row[2] for row in rows).most_common(1)[0]
-        life = [row for row in rows if row[2] == pid]
-        early, late = life[len(life) // 3], life[-1]
+        rows = [(row["at"], *row[name]) for row in series if name in row]
+        pids, _ = Counter(tuple(row[-1]) for row in rows).most_common(1)[0]
+        life = [row for row in rows if tuple(row[-1]) == pids]
+        late = life[len(life) // 3 :]
+        quarter = max(1, len(late) // 4)
+        first, last = (late[place][0] for place in (quarter // 2, -1 - quarter // 2))
         found[name] = {
-            "lives": len({row[2] for row in rows}), "mb_max": max(row[0] for row in rows),
-            "fds_max": max(row[1] for row in rows), "longest_life_rows": len(life),
-            "mb_after_a_third": early[0], "mb_last": late[0], "fds_after_a_third": early[1], "fds_last": late[1],
+            "lives": len({row[-1][0] for row in rows}), "mb_max": max(row[1] for row in rows),
+            "fds_max": max(row[2] for row in rows), "longest_life_rows": len(life),
+            "updates": bisect.bisect(steps, last) - bisect.bisect(steps, first),
         }  # fmt: skip
+        for column, what in enumerate(("mb", "fds", "shared_mb"), 1):
+            for place, part in (("after_a_third", late[:quarter]), ("last", late[-quarter:])):
+                found[name][f"{what}_{place}"] = round(statistics.median(row[column] for row in part), 2)
     return found
+
+
+def growth_problems(roles: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What has grown beyond `GROWTH`, in words."""
+    problems = []
+    for name, role in roles.items():
+        for what, (once, per_update) in GROWTH.items():
+            before, after = role[f"{what}_after_a_third"], role[f"{what}_last"]
+            allowed = once + per_update * role["updates"]
+            if role["updates"] >= JUDGED_UPDATES and after - before > allowed:
+                grew = f"{name} grew from {before} to {after} {what} in {role['updates']} updates"
+                problems.append(f"{grew}; at most {allowed:.0f} more are right")
+    return problems
 
 
 def draw(found: dict[str, Any], path: Path, window: float = 30.0) -> None:

@@ -11,7 +11,7 @@ from areal_jax.controller import diagnosis, snapshot
 from areal_jax.controller.checks import fault
 from areal_jax.controller.fleet import Slot, Worker
 from areal_jax.controller.ledger import FILTERED, Group, LedgerError, consume
-from areal_jax.controller.scheduling import SUSPECT, Scheduler, Send, Silent, Stop
+from areal_jax.controller.scheduling import SUSPECT, Loss, Scheduler, Send, Silent, Stop
 from areal_jax.disk import NO_ROOM
 from areal_jax.transport import messages as m
 
@@ -39,6 +39,10 @@ class Core(Scheduler):
             for worker in self.fleet:
                 self.send(worker.name, self._welcome())
             return
+        if (loss := self.unreached.pop(hello.name, None)) and loss.pid != hello.pid:  # it was dead, as is known now
+            self.counters["workers_left"] = max(0, self.counters["workers_left"] - 1)  # 0: begun again meanwhile
+            self.counters["workers_died"] += 1
+            self._blame(loss)
         known = self.fleet.workers.get(hello.name)
         if known is not None and known.pid != hello.pid:
             self._lose(hello.name, now, died=True, why="was started again")
@@ -83,7 +87,7 @@ class Core(Scheduler):
         """`name` cannot be sent to: it must say hello again, and what it ran goes to others."""
         self.telemetry.gone(name)
         if name in self.fleet.workers:
-            self._lose(name, now, died=False, claimable=True, why="does not take messages")
+            self.unreached[name] = self._lose(name, now, died=False, claimable=True, why="does not take messages")
             self._schedule(now)
 
     def alive(self, role: str) -> bool:
@@ -222,22 +226,28 @@ class Core(Scheduler):
                 f"sample succeeded in between; the last error: {error}: {detail}"
             )
 
-    def _lose(self, name: str, now: float, *, died: bool, why: str, claimable: bool = False) -> None:
+    def _lose(self, name: str, now: float, *, died: bool, why: str, claimable: bool = False) -> Loss:
         """Worker `name` is gone; its samples are queued again, and a prompt that keeps killing workers is put away."""
         worker = self.fleet.workers.pop(name)
         self.counters["workers_died" if died else "workers_left"] += 1
         self.telemetry.note(f"{name} {why}, with {worker.load} samples", now)
-        groups = {number: self.ledger.open[number] for number, _ in sorted(worker.running)}
-        suspects = [group for group in groups.values() if group.prompt.deaths >= SUSPECT]
+        groups = [self.ledger.open[number] for number in sorted({number for number, _ in worker.running})]
+        loss = Loss(worker.pid, groups, [group for group in groups if group.prompt.deaths >= SUSPECT])
         self._take_away(worker, set(worker.running), set(worker.evaluating), claimable)
         if died:
-            for group in groups.values():
-                group.prompt.deaths += 1
-            if len(suspects) == 1:
-                (group,) = suspects
-                group.prompt.lonely_deaths += 1
-                if group.prompt.lonely_deaths >= self.config.max_attempts:
-                    self._quarantine(group, f"{group.prompt.deaths} rollout workers died while they ran it")
+            self._blame(loss)
+        return loss
+
+    def _blame(self, loss: Loss) -> None:
+        """A worker died with these on board."""
+        for group in loss.groups:
+            group.prompt.deaths += 1
+        if len(loss.suspects) == 1:
+            (group,) = loss.suspects
+            group.prompt.lonely_deaths += 1
+            still_open = self.ledger.open.get(group.number) is group
+            if still_open and group.prompt.lonely_deaths >= self.config.max_attempts:
+                self._quarantine(group, f"{group.prompt.deaths} rollout workers died while they ran it")
 
     # --- The trainer -----------------------------------------------------------------------------------------------
 

@@ -41,6 +41,15 @@ class Silent:
     phase: str  # which was this
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What a worker ran when it was lost."""
+
+    pid: int
+    groups: list[Group]
+    suspects: list[Group]  # of these
+
+
 class Scheduler:
     """The state of one run, and what follows from it; `Core` lets events in.
 
@@ -78,6 +87,7 @@ class Scheduler:
         self.failed: Counter[str] = Counter()  # failed attempts by name of the error
         self.quarantined: deque[str] = deque(maxlen=100)  # the last ones, in words
         self.missing: dict[str, Party] = {}  # taken for dead, and not back yet
+        self.unreached: dict[str, Loss] = {}  # no message reaches them: dead, or cut off for a while
         self.outbox: list[Send | Stop | Silent] = []
         self.just_finished: list[Group] = []  # groups for the journal, which empties this
         self.changed = False  # whether a request that had to wait is worth asking again; whoever asks resets it

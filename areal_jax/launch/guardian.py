@@ -22,6 +22,7 @@ PROCESSES = "/proc"  # of Linux; elsewhere a group is one thing
 # and takes with it what these could not remove themselves. Killed with them, it would leave that in /dev/shm.
 CLEANER = b"multiprocessing.resource_tracker"
 CLEANER_SECONDS = 5.0
+TIDY_SECONDS = 30.0  # for all but the ends of others: to start, and to remove what they have left
 
 
 def watch(lines, grace: float, lock: int | None = None) -> None:

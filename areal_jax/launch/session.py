@@ -17,13 +17,11 @@ from areal_jax import config as configs
 from areal_jax import disk
 from areal_jax.config import ConfigError
 from areal_jax.launch import summary
-from areal_jax.launch.guardian import ENDING, RUNNING
+from areal_jax.launch.guardian import ENDING, RUNNING, TIDY_SECONDS
 from areal_jax.launch.roles import roles_of
 from areal_jax.launch.supervisor import Outcome, Supervisor, diagnosis, log_tail
 from areal_jax.launch.view import make_view
 from areal_jax.transport.endpoints import forget_endpoints, make_keys
-
-_AFTER_GRACE = 30.0  # seconds that a guardian needs for the rest: to start, and to tidy up
 
 # What may differ between the first start of a run and the next: how it is shown and supervised, where it listens, how
 # long it goes on, and on which and how many devices. Everything else would make it another run.
@@ -55,7 +53,7 @@ def prepare(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
         raise ConfigError(f"{workdir} holds something that is not a run (no config.json); use another --workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _lock(workdir, config["launch"]["stop_grace"] + _AFTER_GRACE):
+        with _lock(workdir, config["launch"]["stop_grace"] + TIDY_SECONDS):
             configs.save(config, workdir)
             make_keys(workdir)
             disk.reserve(workdir)
@@ -69,7 +67,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
     workdir = Path(workdir)
     try:
         grace = config["launch"]["stop_grace"]
-        with _lock(workdir, grace + _AFTER_GRACE) as lock:
+        with _lock(workdir, grace + TIDY_SECONDS) as lock:
             _forget_processes(workdir)
             roles, leaders = roles_of(config, workdir)
             started = time.time()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from areal_jax.exits import CANNOT_GO_ON, TOLD_TO_STOP, WRONG_SETTING
 from areal_jax.launch import child
-from areal_jax.launch.guardian import CLEANER_SECONDS, end_groups, send
+from areal_jax.launch.guardian import CLEANER_SECONDS, TIDY_SECONDS, end_groups, send
 from areal_jax.metrics.lines import Lines
 from areal_jax.metrics.trained import last_trained
 from areal_jax.transport.endpoints import endpoint_mark, starting_mark
@@ -139,7 +139,9 @@ class Supervisor:
         if self._signals:
             return Outcome("stopped", "told to stop")
         if self._guardian.poll() is not None:
-            self._tell(f"the guardian {describe_exit(self._guardian.returncode)}; starting another")
+            how = describe_exit(self._guardian.returncode)
+            self._tell(f"the guardian {how}; starting another")
+            self._record.add({"time": time.time(), "role": "guardian", "how": how})
             self._guardian.stdin.close()
             self._guard()
         if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
@@ -279,7 +281,10 @@ class Supervisor:
                 self._sweep(process)
         if self._guardian is not None:
             self._guardian.stdin.close()  # with nothing left to guard, it ends at once
-            self._guardian.wait()
+            if not _ends(self._guardian, self._grace + TIDY_SECONDS):
+                self._tell(f"the guardian did not end within {self._grace + TIDY_SECONDS:.0f} s and is killed")
+                self._guardian.kill()
+                _ends(self._guardian, CLEANER_SECONDS)
             self._guardian = None
 
     def _sweep(self, process: _Process) -> None:
@@ -287,8 +292,7 @@ class Supervisor:
         if process.swept:
             return
         end_groups([process.popen.pid], 0.0)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.popen.wait(CLEANER_SECONDS)
+        if _ends(process.popen, CLEANER_SECONDS):
             process.swept = True
             self._note(f"-{process.popen.pid}")
 
@@ -327,6 +331,13 @@ class Supervisor:
 
     def _on_signal(self, *_) -> None:
         self._signals += 1
+
+
+def _ends(process: subprocess.Popen, seconds: float) -> bool:
+    """Whether `process` ends within so long; then it is reaped."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
 
 
 def describe_exit(code: int) -> str:

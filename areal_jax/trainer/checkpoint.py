@@ -50,6 +50,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self.folder, self.failed = Path(folder).absolute(), []
         self._keep, self._saving = keep, -1  # the version that is being written in the background
+        self._raised = False  # that a save failed
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -108,6 +109,7 @@ class Checkpoints:
         self.failed.append(f"the checkpoint of version {self._saving} could not be written to {self.folder}: {reason}")
         self._saving = -1
         if jax.process_count() > 1:
+            self._raised = True
             raise CheckpointError(self.failed.pop()) from error
         with contextlib.suppress(*_WRITE_ERRORS):  # the same ones once more
             self._manager.close()
@@ -172,9 +174,10 @@ class Checkpoints:
             raise CheckpointNotWritten("; ".join(found))
 
     def close(self) -> None:
-        """Finish and free."""
-        self.poll(wait=True)
-        self._manager.close()
+        """Finish and free. What was raised before is not raised once more, in other words, in its place."""
+        with contextlib.suppress(*(_WRITE_ERRORS if self._raised else ())):
+            self.poll(wait=True)
+            self._manager.close()
 
 
 def _flatten(state: TrainState) -> dict[str, Any]:

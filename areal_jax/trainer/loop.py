@@ -18,7 +18,7 @@ import jax
 
 from areal_jax import models
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.disk import NO_ROOM, insist
+from areal_jax.disk import NO_ROOM, insist, no_waiting
 from areal_jax.metrics.clock import Clock, idle_fraction, trace_path
 from areal_jax.metrics.config import MetricsConfig
 from areal_jax.metrics.trained import TrainedWriter
@@ -304,11 +304,11 @@ class Training:
         controller is told. `part`: of this process; only "trainer" is its main thread, whose time is counted.
 
         Raises:
-          DiskFull: after `controller.disk_limit` seconds.
-          OSError: with several processes at once, as the others cannot wait along.
+          DiskFull: after `controller.disk_limit` seconds; with several processes at once, as the others cannot wait.
         """
         if jax.process_count() > 1:
-            return write()
+            with no_waiting():
+                return write()
 
         def pause(seconds: float) -> None:
             with self.clock.phase(NO_ROOM):

@@ -57,12 +57,21 @@ def test_a_worker_whose_engine_died_hands_its_samples_over_at_once_and_none_of_t
     world.audit()
 
 
-@pytest.mark.parametrize("die", [World.die, lambda w, name: w.leave(name, died=True)], ids=["silent", "goodbye"])
+def unreachable(world, name):
+    """A message to it found nobody; that it had died is known when its successor comes."""
+    del world.workers[name]
+    world.core.unreachable(name, world.now)
+
+
+DEATHS = {"silent": World.die, "goodbye": lambda w, name: w.leave(name, died=True), "unreachable": unreachable}
+
+
+@pytest.mark.parametrize("die", DEATHS.values(), ids=DEATHS)
 def test_a_prompt_that_kills_its_workers_is_put_away_and_the_others_are_not(die):
     world = World(config(max_attempts=2, group_size=1, batch_size=2, max_staleness=3), 40)
     crashes = 0
-    for life in range(12):
-        worker = start(world, f"w{life}", slots=3)
+    for _ in range(12):
+        worker = start(world, "w", slots=3)
         while worker.work:
             poisoned = [slot for slot, work in worker.work.items() if work.task.record["prompt"] == "1"]
             if poisoned:
@@ -75,7 +84,37 @@ def test_a_prompt_that_kills_its_workers_is_put_away_and_the_others_are_not(die)
     assert crashes == 4, "two to come under suspicion, and max_attempts of its own"
     assert world.core.counters["quarantined"] == 1
     assert "record 1 (epoch 0): 4 rollout workers died while they ran it" in world.core.quarantined[0]
+    assert (world.core.counters["workers_died"], world.core.counters["workers_left"]) == (4, 0)
     assert world.train(3)
+    world.audit()
+
+
+def test_a_worker_that_was_cut_off_for_a_while_has_not_died():
+    world = World(config(max_attempts=1), 20)
+    a = start(world)
+    had = set(a.work)
+    for _ in range(5):
+        world.core.unreachable("a", world.now)
+        world.core.hello(a.hello(), world.now)
+        world.deliver()
+    assert set(a.work) == had and not world.core.counters["workers_died"]
+    assert not any(group.prompt.deaths for group in world.core.ledger.open.values())
+
+
+def test_a_prompt_is_not_put_away_for_a_death_that_is_known_only_after_its_end():
+    world = World(config(max_attempts=1, group_size=1), 20)
+    for _ in range(2):
+        a = start(world, "a", slots=1)
+        world.die("a")
+    a = start(world, "a", slots=1)
+    (slot,) = a.work
+    unreachable(world, "a")
+    b = start(world, "b", slots=1)
+    assert set(b.work) == {slot}
+    world.done(b, slot)
+    start(world, "a")
+    assert world.core.counters["workers_died"] == 3 and not world.core.counters["quarantined"]
+    world.train(3)
     world.audit()
 
 

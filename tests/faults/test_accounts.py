@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from areal_jax.metrics.trained import TrainedGroup
+from areal_jax.rewards import sandbox
 from tools import judge
 from tools.faults import launcher
 from tools.faults.harness import Fault, Run
@@ -130,6 +131,46 @@ def test_a_process_that_is_left_is_found(watched):
     assert left(watched) == ""
 
 
+SCRUBBED = """
+import subprocess, sys
+waits = "import signal; print('up', flush=True); signal.pause()"
+process = subprocess.Popen([sys.executable, "-c", waits], env={}, cwd="/", start_new_session=True)
+print(process.pid, flush=True)
+"""
+SANDBOXED = """
+from areal_jax.rewards import sandbox
+program = "import time; print('up'); time.sleep(60)"
+sandbox.run_script(program, isolation="landlock", limits=sandbox.Limits(wall_seconds=60.0))
+"""
+
+
+def test_a_program_without_the_runs_environment_session_or_parent_is_found(watched, tmp_path):
+    watched.launcher = watched.start([sys.executable, "-c", SCRUBBED], tmp_path / "log")
+    assert watched.launcher.wait() == 0
+    pid = int((tmp_path / "log").read_text().split()[0])
+    try:
+        assert f"process {pid} is left" in left(watched)
+    finally:
+        psutil.Process(pid).kill()
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        pass
+    assert left(watched) == ""
+
+
+@pytest.mark.skipif(bool(sandbox.works("landlock")), reason="no Landlock here")
+def test_a_program_in_the_sandbox_is_found(watched, tmp_path):
+    watched.launcher = watched.start([sys.executable, "-c", SANDBOXED], tmp_path / "log")
+
+    def programs():
+        return [p for p in watched.processes() if any("confine" in word for word in p.cmdline())]
+
+    while not programs():
+        assert watched.launcher.poll() is None
+    assert f"process {programs()[0].pid} is left" in left(watched)
+    watched.kill()
+    watched.launcher.wait()
+
+
 def test_the_lock_of_a_run_that_is_not_over_is_found(watched):
     with open(watched.workdir / "launch.lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -162,22 +203,25 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_semaphore_that_nobody_will_remove_is_found_and_no_living_ones(watched, monkeypatch):
+def test_a_semaphore_that_nobody_will_remove_is_found_and_no_living_ones(watched):
+    """Whatever cleaners of other programs there are: they remove theirs, and no others."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", SEMAPHORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    others = judge.SHARED_MEMORY / other.stdout.readline().strip()
     process = subprocess.Popen(
         [sys.executable, "-c", SEMAPHORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     path = judge.SHARED_MEMORY / process.stdout.readline().strip()
     try:
-        monkeypatch.setattr(judge, "CLEANER", "of other programs on this machine")
         assert path.exists() and path.name not in left(watched)  # it is mapped
-        monkeypatch.undo()
-        assert judge.in_use(path)
         process.communicate("die\n")
-        monkeypatch.setattr(judge, "CLEANER", "of other programs on this machine")
-        assert path.name in left(watched)
+        assert path.name in left(watched) and others.name not in left(watched)
     finally:
-        process.kill()
-        path.unlink()
+        for each, name in ((process, path), (other, others)):
+            each.kill()
+            each.communicate()
+            name.unlink(missing_ok=True)
 
 
 def test_files_that_are_left_are_found(watched):

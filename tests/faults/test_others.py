@@ -17,6 +17,11 @@ def test_the_launcher_is_killed_nothing_stays_and_the_same_command_goes_on(survi
     survives(FAULTS["kill parent: trainer, a batch is taken and not trained on"])
 
 
+def test_the_guardian_is_killed_and_the_next_one_ends_the_run_when_the_launcher_is(survives):
+    fault = FAULTS["kill: guardian, at a random moment, and the launcher once there is another"]
+    assert survives(fault).started_again == {"guardian": 1}
+
+
 def test_a_worker_that_hangs_is_found_and_replaced(survives):
     assert survives(FAULTS["hang: rollout, while generating"]).started_again == {"rollout-0": 1}
 
@@ -34,7 +39,7 @@ def test_a_controller_that_stood_still_longer_than_the_heartbeat_limit_goes_on(s
 
 
 def test_a_prompt_that_kills_its_worker_every_time_is_put_away_and_the_others_are_trained_on(survives):
-    survives(FAULTS["kill every time: rollout, a certain prompt is begun"])
+    assert survives(FAULTS["kill every time: rollout, a certain prompt is begun"]).started_again == {"rollout-0": 5}
 
 
 def test_messages_that_are_lost_again_and_again(survives):

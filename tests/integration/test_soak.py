@@ -1,6 +1,7 @@
 """The soak tool for half a minute, and the accounts that it ends with: each kind of mistake is named."""
 
 import json
+import types
 
 import pytest
 from whole_runs import ROOT, python
@@ -8,7 +9,7 @@ from whole_runs import ROOT, python
 from areal_jax.controller.ledger import CONSUMED, OPEN
 from areal_jax.controller.snapshot import CoreState, FinishedState, LedgerState, PromptState
 from areal_jax.metrics.trained import TrainedGroup
-from tools import judge
+from tools import judge, soak
 
 
 @pytest.mark.slow
@@ -72,3 +73,62 @@ def test_each_mistake_is_named():
     assert "no batch is known for steps [5]" in problems(steps=6)
     (short, *_) = problems({1: [TrainedGroup(0, 0, 2, 4, 1)]})
     assert short.startswith("epoch 0: 7 prompts were trained on; the ledger says")
+
+
+# --- Growth -----------------------------------------------------------------------------------------------------------
+
+
+def series(seconds=1800, lives=1, **grows):
+    """One row each second; `grows`: mb, fds or shared_mb as a function of the time."""
+    flat = {"mb": lambda t: 500.0 + t % 7, "fds": lambda t: 60 + t % 3, "shared_mb": lambda t: 4.0} | grows
+    return [
+        {"at": float(t), "trainer-0": [*(flat[what](t) for what in ("mb", "fds", "shared_mb")), [t * lives // seconds]]}
+        for t in range(seconds)
+    ]
+
+
+def grown(series, step_seconds=1.0):
+    steps = [step_seconds * i for i in range(int(len(series) / step_seconds))]
+    return soak.growth_problems(soak.growth(series, steps))
+
+
+@pytest.mark.parametrize("what", ["mb", "fds", "shared_mb"])
+def test_what_grows_all_the_time_is_found_and_named(what):
+    start = {"mb": 500.0, "fds": 60, "shared_mb": 4.0}[what]
+    (problem,) = grown(series(**{what: lambda t: start + t // 20}))
+    assert problem.startswith("trainer-0 grew from ") and f" {what} in 899 updates; at most " in problem
+
+
+def test_what_is_known_to_grow_and_what_grows_at_the_beginning_is_right():
+    assert grown(series()) == []
+    assert grown(series(mb=lambda t: 300.0 + min(t, 500), fds=lambda t: 60 + min(t, 500) // 10)) == []
+    assert grown(series(mb=lambda t: 500.0 + 0.037 * (t // 5))) == []
+
+
+def test_a_pool_that_gets_one_more_process_has_not_grown():
+    more = series(mb=lambda t: 500.0 + 60.0 * (t >= 900), fds=lambda t: 60 + 10 * (t >= 900))
+    assert grown(more)
+    for row in more[900:]:
+        row["trainer-0"][-1].append(7)
+    assert grown(more) == []
+
+
+def test_a_life_too_short_to_say_anything_is_not_judged():
+    leaks = {"mb": lambda t: 500.0 + t}
+    assert grown(series(**leaks)) and not grown(series(lives=30, **leaks)) and not grown(series(**leaks), 60.0)
+
+
+def test_growth_is_one_of_the_problems_that_the_soak_ends_with(monkeypatch, tmp_path):
+    """Of a run in which all else is right."""
+    (tmp_path / "summary.json").write_text('{"steps": 1800}')
+    run = types.SimpleNamespace(workdir=tmp_path)
+    done = soak.Soak(run, 0, None)
+    done.steps, done.series = [float(i) for i in range(1800)], series(fds=lambda t: 60 + t // 20)
+    rows = "".join(json.dumps({"version": i, "groups": []}) + "\n" for i in range(1800))
+    (tmp_path / "trained.jsonl").write_text(rows)
+    for check in ("ledger_problems", "summary_problems", "secrets"):
+        monkeypatch.setattr(judge, check, lambda *_, **__: [])
+    monkeypatch.setattr(judge, "newest_state", lambda workdir: STATE)
+    options = types.SimpleNamespace(minutes=30.0, seed=0)
+    (problem,) = soak.result(done, 1800, options)["problems"]
+    assert "fds in 899 updates" in problem

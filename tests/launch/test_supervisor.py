@@ -1,5 +1,6 @@
 """The supervisor with small programs in place of the roles: deaths, restarts, signals, and nothing left behind."""
 
+import json
 import os
 import signal
 import socket
@@ -187,6 +188,35 @@ def test_a_guardian_that_is_killed_costs_nothing_and_is_replaced(tmp_path):
     supervisor._guardian.stdin.close()  # as the supervisor's death does
     assert trainer.popen.wait(30) in (0, -signal.SIGTERM)
     supervisor._guardian.wait()
+
+
+UNTIL = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
+
+
+def test_a_guardian_that_was_replaced_is_on_record(tmp_path):
+    def tick(supervisor):
+        record = tmp_path / "restarts.jsonl"
+        if not record.exists() or not record.stat().st_size:
+            supervisor._guardian.kill()
+            supervisor._guardian.wait()
+        else:
+            (tmp_path / "done").touch()
+
+    outcome, _, supervisor = run(tmp_path, role("trainer", UNTIL, tmp_path / "done"), tick=tick)
+    assert outcome.status == "finished" and supervisor.restarts == 0  # of roles
+    (row,) = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
+    assert row["role"] == "guardian" and row["how"].startswith("was killed by SIGKILL")
+
+
+def test_a_guardian_that_hangs_holds_up_the_end_for_so_long_and_no_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor_module, "TIDY_SECONDS", 0.2)
+
+    def tick(supervisor):
+        os.kill(supervisor._guardian.pid, signal.SIGSTOP)
+        (tmp_path / "done").touch()
+
+    outcome, told, _ = run(tmp_path, role("trainer", UNTIL, tmp_path / "done"), tick=tick, grace=0.1)
+    assert outcome.status == "finished" and told == ["the guardian did not end within 0 s and is killed"]
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,24 @@ def test_a_last_save_that_succeeds_is_not_blamed_for_the_one_before(tmp_path, op
     checkpoints.close()
 
 
+def test_of_several_processes_one_that_cannot_write_raises_and_its_end_says_the_same(tmp_path, optimizer, monkeypatch):
+    """Orbax raises what went wrong again, in other words, when it is closed."""
+    made = make_state(models.make_mesh(jax.devices()[:1]), optimizer)
+    checkpoints = Checkpoints(tmp_path)
+
+    def no_room(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: no space left")
+
+    for method in ("save", "close"):
+        monkeypatch.setattr(ocp.CheckpointManager, method, no_room)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(CheckpointError, match=r"^the checkpoint of version 3 could not be written"):
+        try:
+            checkpoints.save(at_version(made, 3), b"", {})
+        finally:
+            checkpoints.close()
+
+
 KILLED = """
 import os, signal, sys
 import numpy as np

@@ -40,8 +40,9 @@ STEPS = -(-launcher.PROMPTS // launcher.TINY["controller.batch_size"])
 class Fault:
     """One kind of thing that goes wrong.
 
-    `point` (of `points.POINTS`) says where; else `story`, a function of the `Run`, does it from outside while the run
-    goes on. `launcher_dies`: the same command must finish the run; `quarantined`: how many prompts must be put away.
+    `point` (of `points.POINTS`) says where; `story`, a function of the `Run`, does it from outside while the run goes
+    on, or what follows upon the point; it says whether the fault came about. `launcher_dies`: the same command must
+    finish the run; `quarantined`: how many prompts must be put away.
     """
 
     role: str
@@ -50,20 +51,19 @@ class Fault:
     visit: int = 1
     seconds: float = 0.0
     story: Callable[[Run], None] | None = None
-    what: str = ""  # of a story, in words
+    what: str = ""  # in words: a story, or more about the point
     settings: dict = dataclasses.field(default_factory=dict)
     launcher_dies: bool = False
     fails: str = ""  # the run must not finish: it ends with these words
     ends: str = ""  # the first life of the run ends with these words; the same command must finish it
     quarantined: int = 0
-    # Times that the role is started again, exactly or in a range, and no other; None: as it comes.
-    restarts: int | range | None = 1
+    restarts: int | None = 1  # times that the role is started again, and no other; None: as it comes
     disk: int = 0  # bytes of a file system of the run's own; 0: it has none
     random: bool = False  # the seed matters
 
     @property
     def name(self) -> str:
-        return f"{self.action}: {self.point or f'{self.role}, {self.what}'}"
+        return f"{self.action}: {', '.join(filter(None, (self.point or self.role, self.what)))}"
 
 
 @dataclasses.dataclass
@@ -99,6 +99,7 @@ class Run(judge.Watched):
         """Start the launcher."""
         f, self.compile_cache, self.hung = self.fault, compile_cache, False
         spec = {"point": f.point, "action": f.action, "visit": f.visit, "seconds": f.seconds, "fired": str(self.fired)}
+        spec["ballast"] = str(self.ballast)
         plan = {
             "workdir": str(self.workdir), "settings": f.settings | {"launch.compile_cache": compile_cache},
             "role": f.point and POINTS[f.point].role, "fault": spec,
@@ -171,7 +172,7 @@ def run(fault: Fault, folder: Path, seed: int = 0, compile_cache: str = "") -> O
             if fault.story is not None:
                 fault.story(run)
             code = run.wait()
-            run.struck |= run.fired.exists()
+            run.struck |= fault.story is None and run.fired.exists()
             again = fault.launcher_dies and run.struck and code is not None and code not in (0, 1, 2)
             if fault.ends:
                 again = code == 1 and fault.ends in run.log()
@@ -253,8 +254,7 @@ def as_expected(again: dict[str, int], fault: Fault) -> bool:
     own = sum(n for name, n in again.items() if name.partition("-")[0] == fault.role)
     others = {name: n for name, n in again.items() if name.partition("-")[0] != fault.role}
     back = {"controller": 1, "rewards-0": 1, "rollout-0": 1}
-    right = own in fault.restarts if isinstance(fault.restarts, range) else own == fault.restarts
-    return right and (not others or (fault.role == "trainer" and others == back))
+    return own == fault.restarts and (not others or (fault.role == "trainer" and others == back))
 
 
 def accounts(workdir: Path, quarantined: int) -> Iterator[str]:

@@ -29,6 +29,7 @@ _VISITS = {  # a run has some 120 samples, 8 steps, 4 checkpoints, 3 evaluations
     "trainer, trained and not yet published": TWICE + 1,
     "trainer, bytes written and the version not yet told": TWICE + 1,
     "trainer, waiting for a batch": TWICE + 1,
+    "trainer, a checkpoint begins": 2,
     "trainer, during a checkpoint": 2,
 }
 POISON = "rollout, a certain prompt is begun"
@@ -63,8 +64,8 @@ def at_points() -> list[Fault]:
         faults.append(
             Fault(role="launcher", action="kill parent", point=point, visit=visit, launcher_dies=True, restarts=None)
         )
-    # Five or six times: it depends on which samples of its group are with the worker when it dies.
-    faults.append(Fault(role="rollout", action="kill every time", point=POISON, quarantined=1, restarts=range(5, 7)))
+    # Two deaths to come under suspicion, and `controller.max_attempts` of its own.
+    faults.append(Fault(role="rollout", action="kill every time", point=POISON, quarantined=1, restarts=5))
     return faults
 
 
@@ -94,6 +95,12 @@ def from_outside() -> list[Fault]:
             random=True, launcher_dies=role == "launcher", restarts=0 if role in ("verifier", "launcher") else 1,
         )
         for role in roles
+    ]  # fmt: skip
+    faults += [
+        Fault(role="guardian", action="kill", story=stories.guardian_dies(False), random=True,
+              what="at a random moment"),
+        Fault(role="guardian", action="kill", story=stories.guardian_dies(True), random=True, launcher_dies=True,
+              what="at a random moment, and the launcher once there is another"),
     ]  # fmt: skip
     for server in ("controller", "rewards-0"):
         for how in ("dropped", "delayed"):
@@ -135,12 +142,22 @@ def from_outside() -> list[Fault]:
 
 def disks() -> list[Fault]:
     """A file system of the run's own that is filled to the last byte. Needs the right to mount one."""
-    common = {"role": "controller", "action": "disk full", "disk": 64 << 20, "restarts": 0}
+    common: dict = {"role": "controller", "action": "disk full", "disk": 64 << 20, "restarts": 0}
     return [
         Fault(**common, story=stories.full_disk(5.0), what="for a while: all wait"),
         Fault(
             **common, story=stories.full_disk(None), what="for longer than the limit, then there is room again",
             settings={"controller.disk_limit": 5.0}, ends="cannot be written: No space left on device; tried for",
+        ),
+        Fault(
+            **common | {"role": "trainer"}, point="trainer, trained and not yet published", visit=TWICE,
+            what="which goes over the disk: all wait", story=stories.room_again(5.0, r"/weights/\S+ cannot be written"),
+            settings={"trainer.weights_transport": "disk"},
+        ),
+        Fault(
+            **common | {"role": "trainer"}, point="trainer, a checkpoint begins", visit=2,
+            what="of two processes, then there is room again", story=stories.room_again(5.0, "RESOURCE_EXHAUSTED"),
+            settings={"trainer.processes": 2}, ends="the checkpoint of version 4 could not be written",
         ),
     ]  # fmt: skip
 

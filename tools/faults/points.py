@@ -84,6 +84,7 @@ POINTS = {
         "trainer", "areal_jax.weights.publisher:Publisher.publish", after=True
     ),
     "trainer, waiting for a batch": Point("trainer", "areal_jax.trainer.link:Link.batch"),
+    "trainer, a checkpoint begins": Point("trainer", "areal_jax.trainer.checkpoint:Checkpoints.save"),
     "trainer, during a checkpoint": Point("trainer", "areal_jax.trainer.checkpoint:Checkpoints.save", after=True),
     "trainer, waiting for an evaluation": Point("trainer", f"{_LOOP}.evaluate"),
     "trainer, at the export": Point("trainer", "areal_jax.models:export_hf"),
@@ -112,9 +113,16 @@ def arm(point: Point, action: Callable[[], None], visit: int) -> None:
     setattr(owner, name, outer)
 
 
+def fill(path: str | os.PathLike) -> None:
+    """Let a file take what its disk has left, to the last byte."""
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as ballast:
+        while ballast.write(bytes(1 << 16)):
+            pass
+
+
 class Fault:
     """What happens at the point. Actions: "kill", "raise", "stop" (for `seconds`), "hang", "sleep" (for `seconds`),
-    "kill parent", "kill verifier"; "kill every time" knows no first time."""
+    "kill parent", "kill verifier", "disk full"; "kill every time" knows no first time."""
 
     def __init__(self, spec: dict[str, Any]):
         self._spec = spec
@@ -146,6 +154,9 @@ class Fault:
 
     def _kill_parent(self) -> None:
         os.kill(os.getppid(), signal.SIGKILL)
+
+    def _disk_full(self) -> None:
+        fill(self._spec["ballast"])
 
     def _kill_verifier(self) -> None:
         import psutil

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import socket
 import sys
 import threading
@@ -19,6 +20,7 @@ from areal_jax.transport.endpoints import read_endpoint, split_address, write_en
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.sockets import SyncClient
 from tools.faults.harness import CONT, KILL, STOP, Run
+from tools.faults.points import fill
 
 
 def at_random(role: str) -> Callable[[Run], None]:
@@ -27,6 +29,19 @@ def at_random(role: str) -> Callable[[Run], None]:
     def story(run: Run) -> None:
         run.random_moment()
         run.until(lambda: run.strike(role, KILL), 30.0)
+
+    return story
+
+
+def guardian_dies(then_launcher: bool) -> Callable[[Run], None]:
+    """The launcher's guardian is killed at a random moment and must be replaced; then the launcher is, if asked."""
+
+    def story(run: Run) -> None:
+        run.random_moment()
+        run.until(lambda: run.strike("guardian", KILL), 30.0)
+        run.struck = run.until(lambda: run.started_again().get("guardian") and run.find("guardian"), 30.0)
+        if then_launcher and run.struck:
+            run.launcher.kill()
 
     return story
 
@@ -259,16 +274,37 @@ def full_disk(seconds: float | None) -> Callable[[Run], None]:
 
     def story(run: Run) -> None:
         run.until(lambda: run.steps() >= 2)
-        with contextlib.suppress(OSError), open(run.ballast, "wb", buffering=0) as ballast:
-            while ballast.write(bytes(1 << 16)):
-                pass
-        run.struck = run.until(lambda: "cannot be written" in status(run).get("disk", ""), 60.0)
+        fill(run.ballast)
+        run.struck = run.until(lambda: noticed(run), 60.0)
         if seconds is not None:
-            wake = time.monotonic() + seconds
-            run.until(lambda: time.monotonic() > wake)
-            run.ballast.unlink()
+            make_room(run, seconds)
 
     return story
+
+
+def room_again(seconds: float, said: str) -> Callable[[Run], None]:
+    """A trainer fills the run's disk at a point of its own, and somebody makes room `seconds` after the controller has
+    noticed it and the trainer `said` so in its log (a pattern)."""
+
+    def story(run: Run) -> None:
+        log = run.workdir / "logs" / "trainer-0.log"
+        run.until(run.fired.exists)
+        run.struck = run.until(lambda: noticed(run) and re.search(said, log.read_text(errors="replace")), 60.0)
+        make_room(run, seconds)
+
+    return story
+
+
+def noticed(run: Run) -> bool:
+    """Whether the controller says that the disk takes nothing more."""
+    return "cannot be written" in status(run).get("disk", "")
+
+
+def make_room(run: Run, seconds: float) -> None:
+    """After so long."""
+    wake = time.monotonic() + seconds
+    run.until(lambda: time.monotonic() > wake)
+    run.ballast.unlink(missing_ok=True)
 
 
 # --- Verifiers of this package's runs ------------------------------------------------------------------------------
