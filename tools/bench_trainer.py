@@ -71,7 +71,7 @@ def lengths_of(mix: str, total: int, longest: int, seed: int = 0) -> np.ndarray:
 
 
 def lengths_that_fit(args: argparse.Namespace) -> np.ndarray:
-    """As many sequences of the mix as packing gets into the step's micro-batches, so that none of them is half empty."""
+    """As many sequences of the mix as packing gets into the micro-batches of a step: none is half empty."""
     rows, limit = args.rows * args.micro_batches, packing.max_segments(settings_of(args))
     lengths = lengths_of(args.lengths, rows * args.row_length, args.row_length)
     if args.packing == "fixed":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from areal_jax import models
+from areal_jax.models import transformer
 from areal_jax.models.attention import attention
 from tests.models import tiny
 
@@ -62,6 +63,25 @@ def _assert_trees_close(got, want, tolerance=2e-5):
     for (path, a), b in zip(got, want, strict=True):
         scale = np.abs(b).max() + 1e-6
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("lora", [None, models.Lora(2)], ids=["", "lora"])
+def test_gate_and_up_as_one_product_change_nothing(lora, monkeypatch):
+    model, params = tiny.model_and_params("qwen2-tied")
+    model = model.with_(lora=lora, remat="attention_mlp")
+    params = jax.tree.map(lambda x: x + 0.01, models.add_lora(model, params))  # adapters that do something
+    batch = (*tiny.packed(ROWS, LENGTH), np.ones((ROWS, LENGTH), np.float32))
+    assert model.config.hidden_size < ROWS * LENGTH  # below that it is two products on a GPU as well
+    found = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(transformer, "on_gpu", lambda: on_gpu)  # noqa: B023
+        run = tiny.jit(jax.value_and_grad(functools.partial(_loss, model)))
+        found.append(run(params, *batch))
+        shapes = str(jax.make_jaxpr(functools.partial(_loss, model))(params, *batch))
+        assert (f"{model.config.mlp_size},2]" in shapes) == on_gpu
+    (want, want_grad), (got, got_grad) = found
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    _assert_trees_close(got_grad, want_grad)
 
 
 @pytest.mark.parametrize("name", ["mistral", pytest.param("qwen2-tied", marks=pytest.mark.slow)])
