@@ -49,6 +49,7 @@ def make_core(
         update_limit=2 * config["rollout"]["weights_timeout"],
         stop_on_failure=config["rewards"]["on_error"] == "stop",
         incarnation=incarnation,
+        steps=config["trainer"]["steps"],
         now=now,
     )
 

@@ -8,7 +8,10 @@ import numpy as np
 
 from areal_jax.transport.messages import Trajectory
 
-_ARRAYS = {"tokens": "int32", "loss_mask": "bool", "logprobs": "float32", "versions": "int32"}
+_ARRAYS = {
+    name: np.dtype(dtype)
+    for name, dtype in {"tokens": "int32", "loss_mask": "bool", "logprobs": "float32", "versions": "int32"}.items()
+}
 
 
 def fault(trajectory: Trajectory, newest: int) -> str | None:
@@ -16,7 +19,7 @@ def fault(trajectory: Trajectory, newest: int) -> str | None:
     shape = trajectory.tokens.shape
     for name, dtype in _ARRAYS.items():
         array = getattr(trajectory, name)
-        if array.dtype.name != dtype or array.shape != shape or array.ndim != 1:
+        if array.dtype != dtype or array.shape != shape or array.ndim != 1:
             return (
                 f"{name} is {array.dtype.name}{list(array.shape)}, expected {dtype} and as long as tokens{list(shape)}"
             )
@@ -27,7 +30,7 @@ def fault(trajectory: Trajectory, newest: int) -> str | None:
         return "a token that was not sampled has a version"
     if sampled.min() < 0 or sampled.max() > newest:
         return f"versions {sampled.min()} to {sampled.max()}, but there are only 0 to {newest}"
-    if (np.diff(sampled) < 0).any():
+    if (sampled[1:] < sampled[:-1]).any():
         return "versions decrease"
     if not np.isfinite(trajectory.logprobs).all() or (trajectory.logprobs > 1e-3).any():
         return "log-probabilities are not finite, or above 0"

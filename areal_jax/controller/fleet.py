@@ -37,11 +37,11 @@ class Fleet:
     """`rolling`: workers load a version one after another, so that the fleet never stands still.
 
     `oversubscription`: samples per slot that a worker is given, above 1 because a sample that is being verified still
-    counts here while its slot in the engine is free again.
+    counts here while its slot in the engine is free again, and the next sample has a way to come.
     """
 
     rolling: bool = True
-    oversubscription: float = 1.25
+    oversubscription: float = 2.0
     update_limit: float = 240.0  # seconds until a worker that says nothing about its new weights holds up nobody
     workers: dict[str, Worker] = field(default_factory=dict)
 

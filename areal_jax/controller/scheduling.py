@@ -55,7 +55,8 @@ class Scheduler:
 
     Times are seconds on any clock that does not go back.
     `records` and `eval_records` are indexable by record number. `incarnation` must rise when a controller is started
-    again for the same run: it keeps attempts of former lives apart from new ones.
+    again for the same run: it keeps attempts of former lives apart from new ones. `steps`: training steps of the run,
+    beyond whose batches nothing is generated; 0 for no end.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Scheduler:
         update_limit: float = 240.0,
         stop_on_failure: bool = False,
         incarnation: int = 0,
+        steps: int = 0,
         now: float = 0.0,
     ):
-        self.config, self.records, self.seed = config, records, seed
+        self.config, self.records, self.seed, self.steps = config, records, seed, steps
         self.stop_on_failure = stop_on_failure
         self.version = -1  # newest published
         self.manifest: m.Manifest | None = None
@@ -118,7 +120,7 @@ class Scheduler:
     def capacity(self) -> int:
         """Groups that the gate would let in now."""
         running = len(self.ledger.open)
-        return capacity(
+        allowed = capacity(
             max_concurrent=self.config.max_concurrent,
             batch_size=self.config.batch_size,
             eta=self.config.max_staleness,
@@ -126,6 +128,7 @@ class Scheduler:
             accepted=self.count - running,
             running=running,
         )
+        return min(allowed, self.steps * self.config.batch_size - self.count) if self.steps else allowed
 
     def _schedule(self, now: float) -> None:
         """Do whatever can be done now: weights first, then some evaluation, old groups, new groups, and the rest of it.

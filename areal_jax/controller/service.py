@@ -6,13 +6,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from areal_jax.controller.core import Core, Send, Silent, Stop
 from areal_jax.controller.journal import Journal
 from areal_jax.disk import RETRY_SECONDS, DiskFull, Waiting
 from areal_jax.transport import messages as m
+from areal_jax.transport.options import TURN
 from areal_jax.transport.sockets import HELLO_FIRST, Peer, Server
 
 log = logging.getLogger(__name__)
@@ -84,11 +85,21 @@ class Service:
             self._end_at, self._stay_until = now + 0.5, now + FAREWELL
 
     async def _receive(self) -> None:
-        async for peer, message in self.server:
-            reply = self._handle(peer, message)
-            if reply is not None:
-                await self.server.send(peer, reply)
+        """Handles what has arrived, then acts on it once: samples that end together are reported together."""
+        received = await self.server.receive()
+        while received is not None:
+            for _ in range(TURN):
+                peer, message = received
+                if isinstance(message, m.Hello):
+                    await self._act()  # what was decided before is for who had the name before
+                reply = self._handle(peer, message)
+                if reply is not None:
+                    await self.server.send(peer, reply)
+                if (received := await self.server.receive(wait=False)) is None:
+                    break
             await self._act()
+            await asyncio.sleep(0)
+            received = received or await self.server.receive()
 
     async def _tick(self) -> None:
         period = min(0.25, self.core.config.heartbeat_seconds / 2)
@@ -215,7 +226,7 @@ class Service:
         if self._dirty and now - self._journaled_at > JOURNAL_EVERY:
             self._write_journal(now)
         while actions := self.core.take_actions():
-            for action in actions:
+            for action in merged(actions):
                 if isinstance(action, Stop):
                     self._end_at = self._end_at or now + LAST_WORDS
                 elif isinstance(action, Silent):
@@ -301,3 +312,19 @@ class Service:
         if peer is not None and not await self.server.send(Peer(peer.identity), message):
             self._names.pop(self._peers.pop(action.to), None)
             self.core.unreachable(action.to, now)
+
+
+def merged(actions: Iterable[Send | Stop | Silent]) -> list[Send | Stop | Silent]:
+    """`actions` with the tasks of one worker in as few messages as can be; what is sent to each keeps its order."""
+    kept, last = [], {}  # last: of each name, the place of its last message
+    for action in actions:
+        if isinstance(action, Send):
+            place = last.get(action.to)
+            if place is not None and isinstance(action.message, m.Assign):
+                before = kept[place].message
+                if isinstance(before, m.Assign):
+                    kept[place] = Send(action.to, m.Assign(tasks=[*before.tasks, *action.message.tasks]))
+                    continue
+            last[action.to] = len(kept)
+        kept.append(action)
+    return kept

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from areal_jax.data.config import DataConfig
 from areal_jax.data.formats import Record
@@ -27,6 +30,24 @@ def render_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[in
     if config.system_prompt:
         text = config.system_prompt + "\n\n" + text
     return [int(token) for token in tokenizer.encode(text)]
+
+
+class Prompts:
+    """`render_prompt` as int32 arrays, remembering the last few records: a group's samples have one prompt."""
+
+    def __init__(self, tokenizer: Any, config: DataConfig, kept: int = 16):
+        self._tokenizer, self._config = tokenizer, config
+        self._last: deque[tuple[Record, np.ndarray]] = deque(maxlen=kept)
+
+    def tokens(self, record: Record) -> np.ndarray:
+        """Read-only int32 tokens of `record`'s prompt; raises what `render_prompt` raises."""
+        for known, tokens in self._last:
+            if known == record:
+                return tokens
+        tokens = np.asarray(render_prompt(record, self._tokenizer, self._config), np.int32)
+        tokens.flags.writeable = False
+        self._last.appendleft((record, tokens))
+        return tokens
 
 
 def fitting(

@@ -54,6 +54,8 @@ class WorkerProcess:
     def __init__(self, *, memory_bytes: int = 0, start_timeout: float = 60.0):
         self.start_timeout = start_timeout
         self.calls = 0
+        self._unread = bytearray()  # of its answers
+        self._imported: set[str] = set()  # verifiers that it has called before
         self._folder, self._lock = make_folder()  # it may be killed before it cleans up
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `kill`)
         command = [sys.executable, "-c", "from areal_jax.rewards.worker import main; main()", str(memory_bytes)]
@@ -83,11 +85,12 @@ class WorkerProcess:
             frame = _encode(Call(path, dict(fields)))
         except (TypeError, AttributeError, msgspec.MsgspecError) as error:
             return Failure(kind="exception", text=f"{path}: a field cannot be sent to a verifier: {error}")
-        limit = self.start_timeout
+        limit = timeout if path in self._imported else self.start_timeout
         try:
             self._send(LENGTH.pack(len(frame)) + frame, begin + limit)
             reply = self._receive(begin + limit)
             if reply.stage == "running":
+                self._imported.add(path)
                 begin, limit = time.monotonic(), timeout
                 reply = self._receive(begin + limit)
         except WorkerOverran:
@@ -122,11 +125,10 @@ class WorkerProcess:
     def _send(self, data: bytes, deadline: float) -> None:
         view, fd = memoryview(data), self._process.stdin.fileno()
         while view:
-            _wait([], [fd], deadline)
             try:
                 view = view[os.write(fd, view) :]
             except BlockingIOError:
-                continue
+                _wait([], [fd], deadline)
             except (BrokenPipeError, ConnectionResetError) as error:
                 raise WorkerDied(self._obituary()) from error
 
@@ -138,14 +140,16 @@ class WorkerProcess:
             raise WorkerDied(f"the verifier process sent a malformed answer: {error}") from error
 
     def _read(self, size: int, deadline: float) -> bytes:
-        data, fd = bytearray(), self._process.stdout.fileno()
-        while len(data) < size:
+        fd = self._process.stdout.fileno()
+        while len(self._unread) < size:
             _wait([fd], [], deadline)
-            part = os.read(fd, min(size - len(data), 1 << 20))
+            part = os.read(fd, 1 << 16)
             if not part:
                 raise WorkerDied(self._obituary())
-            data += part
-        return bytes(data)
+            self._unread += part
+        data = bytes(self._unread[:size])
+        del self._unread[:size]
+        return data
 
     def _obituary(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

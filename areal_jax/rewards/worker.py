@@ -12,6 +12,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import msgspec
@@ -31,7 +32,11 @@ class Call(msgspec.Struct):
 
 
 class Reply(msgspec.Struct, omit_defaults=True):
-    """`stage` is `ready` (started), `running` (imported, the clock of the call starts) or `done` with one outcome."""
+    """`stage` is `ready` (started), `running` (imported, the clock of the call starts) or `done` with one outcome.
+
+    `running` is said in the first call of a verifier only: later ones have nothing to import, and their clock starts
+    when they are sent.
+    """
 
     stage: str
     score: Score | None = None
@@ -48,14 +53,18 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(set_pdeathsig, signal.SIGKILL, 0, 0, 0)
 
 
-def run_call(call: Call, loop: asyncio.AbstractEventLoop, started: Any) -> Score | Failure:
-    """Runs one call; `started()` is called between the import and the function. Every error becomes a `Failure`."""
+def run_call(call: Call, loop: asyncio.AbstractEventLoop, started: Callable[[], None] | None) -> Score | Failure:
+    """Runs one call. Every error becomes a `Failure`.
+
+    `started` is given for the first call of a verifier, and called between the import and the function.
+    """
     begin = time.monotonic()
     try:
         function = load_verifier(call.path)
-        getattr(function, "warm_up", lambda: None)()  # a verifier's slow imports do not count against its time limit
         fields = accepted(function, call.fields)
-        started()
+        if started is not None:
+            getattr(function, "warm_up", lambda: None)()  # its slow imports do not count against its time limit
+            started()
         begin = time.monotonic()
         value = function(**fields)
         if inspect.isawaitable(value):
@@ -90,13 +99,20 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         sink.write(LENGTH.pack(len(frame)) + frame)
         sink.flush()
 
+    called: set[str] = set()
     send(Reply("ready"))
     while len(header := read_exactly(source, LENGTH.size)) == LENGTH.size:
         (size,) = LENGTH.unpack(header)
         frame = read_exactly(source, size)
         if len(frame) < size:
             return
-        outcome = run_call(decode(frame), loop, lambda: send(Reply("running")))
+        call = decode(frame)
+
+        def started(path: str = call.path) -> None:
+            called.add(path)
+            send(Reply("running"))
+
+        outcome = run_call(call, loop, None if call.path in called else started)
         if isinstance(outcome, Score):
             send(Reply("done", score=outcome))
         else:

@@ -2,8 +2,9 @@
 
 A prefill runs `prefill_rows` prompts of one length bucket and samples their next token; a decode advances every slot by
 up to `steps` tokens. The cache is only as long as the longest running sequence needs, again in buckets: short sequences
-do not pay for `max_length`. A sequence's bucket of prefill is that of its own length, so that its numbers do not depend
-on its company.
+do not pay for `max_length`. Where few slots are taken, a decode runs these alone: at the end of what the staleness gate
+lets in there are few sequences for long. A sequence's bucket of prefill is that of its own length, so that its numbers
+do not depend on its company.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 from areal_jax.models import insert_cache, resize_cache
 from areal_jax.rollout.sampling import draw, forbid, request_keys, sampling_logprobs
 from areal_jax.rollout.slots import Rows
+
+_LEAST_ROWS = 16  # of a decode: fewer cost nearly as much
 
 
 def powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:
@@ -47,9 +50,11 @@ class Programs:
         self.slots, self.steps, self.prefill_rows = slots, steps, prefill_rows
         self.widths = powers_of_two(min(16, max_length), max_length)  # of prefills
         self.lengths = (max_length,) if exact else powers_of_two(min(32, max_length), max_length)  # of the cache
+        few = max(_LEAST_ROWS, slots // 4)
+        self.counts = (slots,) if exact or few >= slots else powers_of_two(few, slots)  # of sequences in a decode
         self._model, self._dtype = model, jnp.dtype(dtype)
         self._functions = _functions(model, steps, self._dtype)
-        self._prefill, self._first, self._decode, self._insert, self._resize = self._functions
+        self._prefill, self._first, self._decode, self._decode_few, self._insert, self._resize = self._functions
         self._compiled = 0
 
     def new_cache(self, length: int):
@@ -70,7 +75,15 @@ class Programs:
 
     def decode(self, params, cache, rows: Rows):
         """Up to `steps` tokens for every row with `remaining`; returns (cache, tokens `[steps, S]`, log-probs)."""
-        return self._decode(params, cache, rows)
+        count = bucket(self.counts, np.count_nonzero(rows.remaining))
+        if count == self.slots:
+            return self._decode(params, cache, rows)
+        slots = np.argsort(rows.remaining == 0, kind="stable")[:count].astype(np.int32)  # the running ones come first
+        cache, few, logprobs_of_few = self._decode_few(params, cache, rows.take(slots), slots)
+        tokens = np.zeros((self.steps, self.slots), np.int32)
+        logprobs = np.zeros((self.steps, self.slots), np.float32)
+        tokens[:, slots], logprobs[:, slots] = few, logprobs_of_few
+        return cache, tokens, logprobs
 
     def resize(self, cache, length: int):
         """The cache cut or padded to `length`."""
@@ -86,7 +99,10 @@ class Programs:
             parts[width], logits = self.prefill(params, prompts, lengths)
             self.first(logits, lengths, lengths, few)
         for length in self.lengths:
-            cache, _, _ = self.decode(params, self.new_cache(length), rows)
+            cache, _, _ = self._decode(params, self.new_cache(length), rows)
+            for count in self.counts[:-1]:
+                slots = np.arange(count, dtype=np.int32)
+                cache, _, _ = self._decode_few(params, cache, rows.take(slots), slots)
             for width in self.widths:
                 if width <= length:
                     cache = self.insert(cache, parts[width], lengths, nowhere)
@@ -110,6 +126,7 @@ def _functions(model, steps: int, dtype):
         jax.jit(functools.partial(_prefill, model, dtype)),
         jax.jit(_first),
         jax.jit(functools.partial(_decode, model, steps), donate_argnums=1),
+        jax.jit(functools.partial(_decode_few, model, steps), donate_argnums=1),
         jax.jit(_insert, donate_argnums=0),
         jax.jit(resize_cache, static_argnums=1),
     )
@@ -177,3 +194,9 @@ def _decode(model, steps: int, params, cache, rows: Rows):
     start = _Loop(jnp.int32(0), cache, rows.token, rows.position, rows.remaining, rows.forced, *nothing)
     end = jax.lax.while_loop(unfinished, advance, start)
     return end.cache, end.tokens, end.logprobs
+
+
+def _decode_few(model, steps: int, params, cache, rows: Rows, slots):
+    """`_decode` of the sequences in `slots` alone, distinct ones, whose `rows` are given."""
+    part, tokens, logprobs = _decode(model, steps, params, jax.tree.map(lambda x: x[slots], cache), rows)
+    return jax.tree.map(lambda x, new: x.at[slots].set(new), cache, part), tokens, logprobs

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import render_prompt, use_chat
+from areal_jax.data.prompts import Prompts, use_chat
 from areal_jax.rollout.engine import Completion, Engine, Request, Sampling
 from areal_jax.transport.messages import Score, Task, Trajectory
 
@@ -46,6 +46,7 @@ class Session:
     Args:
       sampling: the run's defaults for training, or for evaluation if `task.evaluation`.
       busy: `with busy(activity):` tells the worker's clock what the sample waits for.
+      prompts: renders records for this tokenizer and these data settings; shared by the samples of a group.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Session:
         seed: int,
         data: DataConfig,
         busy: Callable[[str], AbstractContextManager] = _untimed,
+        prompts: Prompts | None = None,
     ):
         self.tokenizer, self.sampling, self.data = tokenizer, sampling, data
         self.evaluation = task.evaluation
@@ -66,10 +68,11 @@ class Session:
         self.busy = busy
         self._engine, self._verifier = engine, verifier
         self._key = (seed, task.group, task.sample)
+        self._prompts = prompts or Prompts(tokenizer, data)
 
     def encode(self, record: dict) -> np.ndarray:
         """int32 tokens of the record's prompt, with the chat template where the data settings say so."""
-        return np.asarray(render_prompt(record, self.tokenizer, self.data), np.int32)
+        return self._prompts.tokens(record)
 
     def encode_text(self, text: str) -> np.ndarray:
         """int32 tokens of `text` alone, without special tokens around it."""

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from areal_jax.data.config import DataConfig
+from areal_jax.data.prompts import Prompts
 from areal_jax.metrics.clock import Clock
 from areal_jax.rollout.engine import Engine, EngineDied, Sampling, WeightsRefused
 from areal_jax.rollout.session import Session, VerificationFailed
@@ -85,6 +86,7 @@ class Worker:
         self.settings, self.engine, self.workflow = settings, engine, workflow
         self.tokenizer, self.verifier, self.clock = tokenizer, verifier, clock
         self.counts: Counter[str] = Counter()
+        self._prompts = Prompts(tokenizer, settings.data)
         self._client = connect(self._hello)
         self._heartbeat_seconds = 1.0
         self._samples: dict[tuple[int, int], tuple[Task, asyncio.Task]] = {}
@@ -281,6 +283,7 @@ class Worker:
                 seed=self.settings.seed,
                 data=self.settings.data,
                 busy=self._busy,
+                prompts=self._prompts,
             )
             trajectories = await self.workflow.run(session, task.record)
             _check(trajectories)

@@ -111,8 +111,11 @@ class Client:
             raise TransportError(f"{self.name} is closed")
         self._sequence += 1
         parts = wire.frames(self._session, self._sequence, 0, message, self.max_bytes)
+        sent = self._socket.send_multipart(parts)
+        if sent.done() and not sent.cancelled() and sent.exception() is None:
+            return  # as nearly always: no timer, no turn of the event loop
         try:
-            await asyncio.wait_for(self._socket.send_multipart(parts), self.timeout)
+            await asyncio.wait_for(sent, self.timeout)
         except TimeoutError:
             raise RequestTimeout(
                 f"{self.name}: {self.server} at {self._endpoint} has read nothing for {self.timeout:.0f} s "

@@ -15,6 +15,7 @@ import numpy as np
 
 PROTOCOL = 1
 _DTYPES = ("bool", "uint8", "int32", "int64", "float32")
+_NAMES = {np.dtype(name): name for name in _DTYPES}  # numpy makes a dtype's name anew each time, in Python
 
 
 class Message(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True):
@@ -299,9 +300,9 @@ def decode(data: bytes) -> AnyMessage:
 
 def encode_hook(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        if value.dtype.name not in _DTYPES:
+        if (name := _NAMES.get(value.dtype)) is None:
             raise TypeError(f"arrays of {value.dtype} are not sent; use one of {_DTYPES}")
-        return value.dtype.name, value.shape, value.tobytes()
+        return name, value.shape, value.tobytes()
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} cannot be sent")

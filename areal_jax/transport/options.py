@@ -49,11 +49,11 @@ def need_keys(keys: Keys | None, endpoint: str, server: str) -> None:
         raise KeysMissing(f"{server} is at {endpoint}, beyond this host, and the run's folder holds no keys for it")
 
 
-async def receive(sock: zmq.asyncio.Socket, closed: Callable[[], bool]) -> list[bytes] | None:
+async def receive(sock: zmq.asyncio.Socket, closed: Callable[[], bool], flags: int = 0) -> list[bytes] | None:
     if closed():
         return None
     try:
-        return await sock.recv_multipart()
+        return await sock.recv_multipart(flags)
     except zmq.ZMQError:
         if closed():
             return None

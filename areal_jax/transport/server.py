@@ -134,14 +134,20 @@ class Server:
             return False
         return True
 
-    async def receive(self) -> tuple[Peer, AnyMessage] | None:
-        """The next good message; None once the server is closed. Refused ones are counted and answered `Refused`."""
+    async def receive(self, wait: bool = True) -> tuple[Peer, AnyMessage] | None:
+        """The next good message; None once the server is closed. Refused ones are counted and answered `Refused`.
+
+        With `wait=False` only what has arrived already, and None when there is nothing.
+        """
         turn = 0
         while True:
             turn += 1
             if turn % TURN == 0:
                 await asyncio.sleep(0)
-            parts = await receive(self._socket, lambda: self._closed)
+            try:
+                parts = await receive(self._socket, lambda: self._closed, flags=0 if wait else zmq.NOBLOCK)
+            except zmq.Again:
+                return None
             if parts is None:
                 return None
             identity, *parts = parts

@@ -67,7 +67,7 @@ class FakeWorker:
                 for task in message.tasks:
                     assert (task.group, task.sample) not in self.work, "given what it has already"
                     self.work[task.group, task.sample] = Work(task)
-                assert len(self.work) <= int(self.slots * 1.25)
+                assert len(self.work) <= 2 * self.slots
             case m.Cancel():
                 for slot in message.tasks:
                     self.work.pop(tuple(slot), None)

@@ -12,13 +12,28 @@ from .situations import config, finish, numbers, running, start
 
 
 def test_the_first_weights_come_before_the_first_task():
-    world = World(config(), 10)
+    world = World(config(group_size=3), 10)
     worker = world.join("a", slots=4)
     assert not worker.work and not worker.updates
     world.publish(0)
     assert [u.version for u in worker.updates] == [0] and not worker.work
     world.load(worker)
-    assert running(world) == [0, 1, 2], "room for five samples: two groups of two, and part of a third"
+    assert running(world) == [0, 1, 2], "room for eight samples: two groups of three, and part of a third"
+
+
+def test_nothing_is_generated_beyond_the_runs_last_step():
+    """Of three steps of two groups each: six groups, and a seventh only in the place of one that was put away."""
+    world = World(config(max_staleness=9, max_attempts=1), 20)
+    world.core.steps = 3
+    worker = start(world, slots=40)
+    assert running(world) == [0, 1, 2, 3, 4, 5], "the staleness gate alone would let twenty in"
+    world.fail(worker, (1, 0))
+    assert running(world) == [0, 2, 3, 4, 5, 6]
+    for step, groups in enumerate([(0, 2), (3, 4), (5, 6)]):
+        finish(world, worker, *groups)
+        assert numbers(world.get_batch(step)) == [*groups]
+        world.publish(step + 1)
+    assert not worker.work and world.core.capacity == 0
 
 
 def test_a_worker_that_joins_late_gets_the_newest_weights_first():

@@ -6,9 +6,9 @@ from .simulation import World
 
 
 def make(names: str, prompts: int = 50, epochs: int = 0):
-    """A world whose workers of eight slots have version 0, and an evaluation of twenty problems under way."""
-    config = ControllerConfig(batch_size=4, group_size=2, max_staleness=3, shuffle=False, epochs=epochs)
-    world = World(config, prompts, evals=20)
+    """A world whose workers of eight slots have version 0, and an evaluation of 32 problems under way."""
+    config = ControllerConfig(batch_size=4, group_size=2, max_staleness=7, shuffle=False, epochs=epochs)
+    world = World(config, prompts, evals=32)
     workers = [world.join(name, slots=8) for name in names]
     world.publish(0)
     while any(worker.updates for worker in workers):
@@ -53,4 +53,4 @@ def test_where_nothing_is_left_to_train_on_all_workers_evaluate():
     for _ in range(4):
         finish_training(world, a)
         finish_training(world, b)
-    assert kinds(a) == (0, 10) and kinds(b) == (0, 10)
+    assert kinds(a) == (0, 16) and kinds(b) == (0, 16)

@@ -7,9 +7,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.controller.core import Core
+from areal_jax.controller.core import Core, Send, Stop
 from areal_jax.controller.journal import Journal
-from areal_jax.controller.service import Service
+from areal_jax.controller.service import Service, merged
 from areal_jax.transport import messages as m
 from areal_jax.transport import wire
 from areal_jax.transport.endpoints import make_keys, read_endpoint
@@ -52,6 +52,15 @@ class NetWorker:
             clock = {"generating": 1.0}
             await client.send(m.Heartbeat(name=self.name, phase="generating", clock=clock))
             await asyncio.sleep(0.05)
+
+
+def test_tasks_of_one_worker_go_in_one_message_and_what_is_sent_to_each_keeps_its_order():
+    def assign(name, *samples):
+        return Send(name, m.Assign(tasks=[m.Task(group=0, sample=i, record={}) for i in samples]))
+
+    cancel, stop = Send("a", m.Cancel(tasks=[(0, 1)])), Stop("enough")
+    actions = [assign("a", 1), assign("b", 2), assign("a", 3, 4), cancel, assign("a", 5), stop, assign("a", 6)]
+    assert merged(actions) == [assign("a", 1, 3, 4), assign("b", 2), cancel, assign("a", 5, 6), stop]
 
 
 def train(workdir, steps, between=lambda step: None):

@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import fitting, render_prompt
+from areal_jax.data.prompts import Prompts, fitting, render_prompt
 from areal_jax.data.readers import Dataset
 
 TEMPLATE = (
@@ -62,3 +62,19 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tokenizer):
     assert signs  # that this gets on
     assert [len(record["prompt"]) for record in kept] == [1, 3]
     assert kept.skipped == ["d:4: bad", "d record 1: its prompt has 10 tokens, 4 fit"]
+
+
+def test_a_groups_prompt_is_rendered_once_and_another_record_never_gets_its_tokens(tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "areal_jax.data.prompts.render_prompt",
+        lambda record, *given: seen.append(record) or render_prompt(record, *given),
+    )
+    prompts = Prompts(tokenizer, DataConfig(), kept=2)
+    group = [prompts.tokens({"prompt": "go", "answer": "1"}) for _ in range(8)]
+    assert len(seen) == 1 and all(text(tokens, tokenizer) == "go" for tokens in group)
+    for word in ("stay", "come", "go"):  # the third is forgotten meanwhile
+        assert text(prompts.tokens({"prompt": word, "answer": "1"}), tokenizer) == word
+    assert len(seen) == 4
+    with pytest.raises(ValueError, match="read-only"):
+        group[0][0] = 0

@@ -97,6 +97,13 @@ def test_a_loop_inside_one_c_call_is_interrupted():
     assert late.kind == "timeout" and after.reward == 1.0
 
 
+def test_every_call_of_a_verifier_has_the_time_limit_not_only_the_first():
+    """Only the first has an import to wait for, which has a limit of its own."""
+    (first, late, after), _ = run(("naps", {}), ("naps", {"seconds": 1000}), ("naps", {}), timeout=1.0)
+    assert first.reward == after.reward == 1.0
+    assert late.kind == "timeout" and "1 s" in late.text
+
+
 def test_one_stuck_verifier_does_not_hold_up_the_others():
     outcomes, _ = run(("loops", {}), *[("agree", {})] * 20, processes=2, timeout=2.0)
     assert outcomes[0].kind == "timeout"

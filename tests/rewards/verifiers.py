@@ -51,6 +51,11 @@ def loops(pid_file=None):
         time.sleep(0.01)
 
 
+def naps(seconds=0):
+    time.sleep(seconds)
+    return 1.0
+
+
 def c_loop():
     return len(str(9 ** (9**9))) * 1.0  # one call into C: no signal handler runs until it ends
 

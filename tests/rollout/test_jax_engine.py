@@ -75,6 +75,23 @@ def test_slots_and_length_of_the_cache_change_no_token(reference):
     same(generate(make_engine(slots=7, max_length=64), wanted)[0], done, bitwise=False)
 
 
+def test_few_running_sequences_are_decoded_alone_and_change_no_token(reference):
+    """Twenty requests in 64 slots: first 32 rows are decoded, then, as they end, 16; and one of them alone."""
+    wanted = requests(20)
+    engine = make_engine(slots=64)
+    counts, decoded = engine._programs.counts, []
+    few = engine._programs._decode_few
+    engine._programs._decode_few = lambda *given: decoded.append(len(given[3])) or few(*given)
+    done, stats = generate(engine, wanted)
+    assert counts == (16, 32, 64) and decoded[2:] == sorted(decoded[2:], reverse=True), "warm-up's are the first two"
+    assert {*decoded[2:]} == {16, 32}
+    same(done[:12], reference[1], bitwise=False)
+    for request, completion in zip(wanted, done):
+        np.testing.assert_allclose(completion.logprobs, rescore(request, completion), atol=1e-4)
+    assert stats["tokens_generated"] == sum(len(completion.tokens) for completion in done)
+    assert make_engine(slots=64, exact=True)._programs.counts == (64,)
+
+
 def test_longer_caches_change_nothing_bit_for_bit():
     """Completions that outgrow the first bucket, in company that does not, and the other way round."""
     long = requests(3, max_new_tokens=50, stop_token_ids=())
