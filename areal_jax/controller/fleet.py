@@ -36,12 +36,14 @@ class Worker:
 class Fleet:
     """`rolling`: workers load a version one after another, so that the fleet never stands still.
 
-    `oversubscription`: samples per slot that a worker is given, above 1 because a sample that is being verified still
-    counts here while its slot in the engine is free again, and the next sample has a way to come.
+    `oversubscription`: samples per slot that a worker is given. Above 1 because a sample that is being verified still
+    counts here while its slot in the engine is free again, and because the next one needs time to arrive; but little
+    above while some worker's weights are older than another's, so that the first to load does not take all there is.
     """
 
     rolling: bool = True
     oversubscription: float = 2.0
+    oversubscription_in_update: float = 1.25
     update_limit: float = 240.0  # seconds until a worker that says nothing about its new weights holds up nobody
     workers: dict[str, Worker] = field(default_factory=dict)
 
@@ -49,7 +51,9 @@ class Fleet:
         return iter(self.workers.values())
 
     def room(self, worker: Worker) -> int:
-        return int(worker.slots * self.oversubscription) - worker.load
+        even = len({worker.version for worker in self}) <= 1
+        share = self.oversubscription if even else self.oversubscription_in_update
+        return int(worker.slots * share) - worker.load
 
     def suitable(self, candidates: Iterable[Worker]) -> list[Worker]:
         """Those with weights and room, the emptiest first; ties go to the one that joined first."""

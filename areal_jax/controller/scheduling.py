@@ -152,7 +152,7 @@ class Scheduler:
             for i in range(len(group.samples)):
                 if worker := self._pick(group):
                     self._assign(group, i, worker)
-        self._evaluate(share=2.0, everywhere=not self.ledger.open)
+        self._evaluate(share=1.25, everywhere=not self.ledger.open)
         for name, tasks in self._tasks.items():
             self.send(name, m.Assign(tasks=tasks))
         self._tasks = {}

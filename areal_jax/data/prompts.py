@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,7 +47,7 @@ class Prompts:
                 return tokens
         tokens = np.asarray(render_prompt(record, self._tokenizer, self._config), np.int32)
         tokens.flags.writeable = False
-        self._last.appendleft((record, tokens))
+        self._last.appendleft((copy.deepcopy(record), tokens))  # a workflow may change its record
         return tokens
 
 

@@ -90,7 +90,7 @@ def member(name: str, role: Mapping[str, Any]) -> Member:
     if number(role.get("version")) is not None:
         details.append(f"version {role['version']}")
     if role.get("role") == "rollout":
-        details.append(f"{role.get('running', 0)} of {role.get('slots', 0)} slots")
+        details.append(f"{role.get('running', 0)} samples, {role.get('slots', 0)} slots")
     if (silent := number(role.get("heard"))) is not None and silent > SILENT_SECONDS:
         details.append(f"silent for {silent:.0f} s")
     busy = 1.0 - idle_fraction(role.get("clock") or {})

@@ -31,7 +31,7 @@ RULES: Rules = (
 
 
 def on_gpu() -> bool:
-    """Whether programs are compiled for GPUs, where some things pay that cost on CPUs."""
+    """Whether programs are compiled for GPUs: some forms of a computation are faster there and slower on CPUs."""
     return jax.default_backend() == "gpu"
 
 

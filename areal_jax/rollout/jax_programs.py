@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from areal_jax.models import insert_cache, resize_cache
+from areal_jax.models.sharding import on_gpu
 from areal_jax.rollout.sampling import draw, forbid, request_keys, sampling_logprobs
 from areal_jax.rollout.slots import Rows
 
@@ -51,7 +52,8 @@ class Programs:
         self.widths = powers_of_two(min(16, max_length), max_length)  # of prefills
         self.lengths = (max_length,) if exact else powers_of_two(min(32, max_length), max_length)  # of the cache
         few = max(_LEAST_ROWS, slots // 4)
-        self.counts = (slots,) if exact or few >= slots else powers_of_two(few, slots)  # of sequences in a decode
+        # Of sequences in a decode: on a GPU a step mostly reads the weights, and fewer rows save nothing.
+        self.counts = (slots,) if exact or on_gpu() or few >= slots else powers_of_two(few, slots)
         self._model, self._dtype = model, jnp.dtype(dtype)
         self._functions = _functions(model, steps, self._dtype)
         self._prefill, self._first, self._decode, self._decode_few, self._insert, self._resize = self._functions
@@ -91,13 +93,13 @@ class Programs:
 
     def warm_up(self, params) -> None:
         """Compiles every program that can ever be called."""
-        rows, few = Rows.idle(self.slots), Rows.idle(self.prefill_rows)
+        rows, first = Rows.idle(self.slots), Rows.idle(self.prefill_rows)
         lengths, nowhere = np.zeros(self.prefill_rows, np.int32), np.full(self.prefill_rows, self.slots, np.int32)
         parts = {}
         for width in self.widths:
             prompts = np.zeros((self.prefill_rows, width), np.int32)
             parts[width], logits = self.prefill(params, prompts, lengths)
-            self.first(logits, lengths, lengths, few)
+            self.first(logits, lengths, lengths, first)
         for length in self.lengths:
             cache, _, _ = self._decode(params, self.new_cache(length), rows)
             for count in self.counts[:-1]:
@@ -199,4 +201,4 @@ def _decode(model, steps: int, params, cache, rows: Rows):
 def _decode_few(model, steps: int, params, cache, rows: Rows, slots):
     """`_decode` of the sequences in `slots` alone, distinct ones, whose `rows` are given."""
     part, tokens, logprobs = _decode(model, steps, params, jax.tree.map(lambda x: x[slots], cache), rows)
-    return jax.tree.map(lambda x, new: x.at[slots].set(new), cache, part), tokens, logprobs
+    return jax.tree.map(lambda x, new: x.at[slots].set(new, unique_indices=True), cache, part), tokens, logprobs

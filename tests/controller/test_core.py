@@ -36,6 +36,15 @@ def test_nothing_is_generated_beyond_the_runs_last_step():
     assert not worker.work and world.core.capacity == 0
 
 
+def test_the_first_worker_to_load_new_weights_leaves_work_to_the_other():
+    world = World(config(batch_size=8, max_staleness=0), 20)  # sixteen samples, for two workers of eight slots
+    first, second = world.join("a", slots=8), world.join("b", slots=8)
+    world.publish(0)
+    while loading := [worker for worker in (first, second) if worker.updates]:
+        world.load(loading[0])
+    assert (len(first.work), len(second.work)) == (10, 6)
+
+
 def test_a_worker_that_joins_late_gets_the_newest_weights_first():
     world = World(config(), 10)
     start(world)

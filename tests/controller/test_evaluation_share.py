@@ -53,4 +53,4 @@ def test_where_nothing_is_left_to_train_on_all_workers_evaluate():
     for _ in range(4):
         finish_training(world, a)
         finish_training(world, b)
-    assert kinds(a) == (0, 16) and kinds(b) == (0, 16)
+    assert kinds(a) == (0, 10) and kinds(b) == (0, 10)

@@ -78,3 +78,7 @@ def test_a_groups_prompt_is_rendered_once_and_another_record_never_gets_its_toke
     assert len(seen) == 4
     with pytest.raises(ValueError, match="read-only"):
         group[0][0] = 0
+    record = {"prompt": "go", "answer": "1"}
+    prompts.tokens(record)
+    record["prompt"] = "stay"  # as a workflow may
+    assert text(prompts.tokens(record), tokenizer) == "stay"

@@ -32,7 +32,7 @@ def test_a_snapshot_gathers_both_sides():
     assert (state.step, state.steps, state.bound) == (10, 100, 4)
     assert state.accuracy[-1] == 0.9 and state.staleness == [30, 20, 10] and state.max_staleness == 2
     assert state.held_out == [(1, 0.25)]
-    assert state.members[0] == snapshots.Member("rollout-0", "generating", 0.75, "version 4, 12 of 64 slots")
+    assert state.members[0] == snapshots.Member("rollout-0", "generating", 0.75, "version 4, 12 samples, 64 slots")
     assert state.members[1].detail == "silent for 9 s" and (state.queue, state.running) == (4, 11)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from areal_jax.models import Lora, Model, ModelConfig, logprobs
+from areal_jax.models import Lora, Model, ModelConfig, logprobs, transformer
 from areal_jax.models.sharding import make_mesh
 from areal_jax.trainer import learner, memory, state, steps
 from areal_jax.trainer.config import TrainerConfig
@@ -53,14 +53,17 @@ def test_the_estimate_is_what_xla_plans(remat):
     assert used <= expected <= 1.45 * used
 
 
-def test_the_whole_gradient_is_never_on_one_device():
+@pytest.mark.parametrize("as_on_gpu", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_whole_gradient_is_never_on_one_device(as_on_gpu, monkeypatch):
     """Each layer's gradient is reduced to the parameter's own shard as it is made, not after all of them are there."""
+    for part in (logprobs, transformer):
+        monkeypatch.setattr(part, "on_gpu", lambda: as_on_gpu)
     config = dataclasses.replace(SMALL, num_layers=24, vocab_size=128)
     whole = 4 * Model(config).num_params()
     plans = {}
     for fsdp in (1, 8):
         sizes = {"data_parallel": 8 // fsdp, "fsdp": fsdp}
-        trainer = TrainerConfig(row_length=16, rows=8, remat="full", attention="xla", **sizes)
+        trainer = TrainerConfig(row_length=32, rows=8, remat="full", attention="xla", **sizes)
         plans[fsdp] = planned(config, trainer, 8)
     assert plans[1].output_size_in_bytes > whole
     assert plans[8].output_size_in_bytes < 1.1 * whole / 8

@@ -80,20 +80,26 @@ def test_gradients_do_not_depend_on_the_mesh(sizes, batch, reference_gradient):
 
 
 @pytest.mark.parametrize(
-    "name, correction",
-    [("decoupled_ppo", "none"), pytest.param("sapo", "icepop", marks=pytest.mark.slow)],
+    "name, correction, lora",
+    [
+        ("decoupled_ppo", "none", None),
+        pytest.param("sapo", "icepop", None, marks=pytest.mark.slow),
+        pytest.param("ppo_clip", "m2po", None, marks=pytest.mark.slow),
+        pytest.param("decoupled_ppo", "none", models.Lora(2), marks=pytest.mark.slow),
+    ],
 )
-def test_a_token_level_objective_is_the_same_by_chunks_and_by_rows(name, correction, batch, monkeypatch):
+def test_a_token_level_objective_is_the_same_by_chunks_and_by_rows(name, correction, lora, batch, monkeypatch):
     settings = toy.settings(
-        rows=4, objective=name, correction=correction, entropy_coef=0.1, kl_coef=0.1, proximal="recompute"
-    )
+        rows=4, objective=name, correction=correction, entropy_coef=0.1, proximal="recompute",
+        kl_coef=0.0 if lora else 0.1, lora_rank=lora.rank if lora else 0,
+    )  # fmt: skip
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)  # several chunks
     made = []
     for by_chunks in (True, False):
         with monkeypatch.context() as patch:
             if not by_chunks:
                 patch.setattr(objectives.Objective, "token_level", False)
-            one = toy.make_learner(settings)
+            one = toy.make_learner(settings, lora=lora)
             assert one.objective.token_level == by_chunks
             report = one.step(dataclasses.replace(batch, version=0)).report()
             report = {n: x for n, x in report.items() if isinstance(x, float)}
