@@ -58,8 +58,8 @@ class JaxEngine:
       kv_policy: on new weights, "recompute" the caches of unfinished sequences, or "keep" them.
       interruptible: False finishes the running sequences (no new ones begin) before new weights are taken.
       dtype: of the cache.
-      exact: give the cache one length for all time; sums then have one order, and log-probs do not depend on company or
-        schedule to the last bit. Short sequences pay for `max_length`.
+      exact: give the cache one length and a decode one number of rows for all time; sums then have one order, and
+        log-probs do not depend on company or schedule to the last bit. Short sequences pay for `max_length`.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from areal_jax.models.sharding import on_gpu
 from areal_jax.rollout.sampling import draw, forbid, request_keys, sampling_logprobs
 from areal_jax.rollout.slots import Rows
 
-_LEAST_ROWS = 16  # of a decode: fewer cost nearly as much
+_FEW = 32  # slots: a decode of fewer costs nearly as much as one of half of them
 
 
 def powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:
@@ -51,9 +51,9 @@ class Programs:
         self.slots, self.steps, self.prefill_rows = slots, steps, prefill_rows
         self.widths = powers_of_two(min(16, max_length), max_length)  # of prefills
         self.lengths = (max_length,) if exact else powers_of_two(min(32, max_length), max_length)  # of the cache
-        few = max(_LEAST_ROWS, slots // 4)
-        # Of sequences in a decode: on a GPU a step mostly reads the weights, and fewer rows save nothing.
-        self.counts = (slots,) if exact or on_gpu() or few >= slots else powers_of_two(few, slots)
+        # Of sequences in a decode. On a GPU a step mostly reads the weights, and fewer rows save nothing; on a CPU a third
+        # program for a quarter would save little more, and takes its time to compile.
+        self.counts = (slots,) if exact or on_gpu() or slots < _FEW else (slots // 2, slots)
         self._model, self._dtype = model, jnp.dtype(dtype)
         self._functions = _functions(model, steps, self._dtype)
         self._prefill, self._first, self._decode, self._decode_few, self._insert, self._resize = self._functions

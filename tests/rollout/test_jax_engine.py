@@ -76,16 +76,18 @@ def test_slots_and_length_of_the_cache_change_no_token(reference):
 
 
 def test_few_running_sequences_are_decoded_alone_and_change_no_token(reference):
-    """Twenty requests in 64 slots: first 32 rows are decoded, then, as they end, 16; and one of them alone."""
-    wanted = requests(20)
+    """Forty requests in 64 slots: all rows are decoded at first, half of them when enough have ended."""
+    wanted = requests(40)
     engine = make_engine(slots=64)
     counts, decoded = engine._programs.counts, []
-    few, admit = engine._programs._decode_few, engine._admit
-    engine._admit = lambda: (len(engine._waiting) == 20 or engine._table.running) and admit()  # all of them at once
-    engine._programs._decode_few = lambda *given: decoded.append(len(given[3])) or few(*given)
+    programs, admit = engine._programs, engine._admit
+    engine._admit = lambda: (len(engine._waiting) == 40 or engine._table.running) and admit()  # all of them at once
+    for name, rows in (("_decode", 64), ("_decode_few", 32)):
+        run = getattr(programs, name)
+        setattr(programs, name, lambda *given, run=run, rows=rows: decoded.append(rows) or run(*given))
     done, stats = generate(engine, wanted)
-    assert counts == (16, 32, 64) and decoded[2:] == sorted(decoded[2:], reverse=True), "warm-up's are the first two"
-    assert {*decoded[2:]} == {16, 32}
+    decoded = decoded[2 * len(programs.lengths) :]  # the others are warm-up's
+    assert counts == (32, 64) and {*decoded} == {32, 64} and decoded == sorted(decoded, reverse=True)
     same(done[:12], reference[1], bitwise=False)
     for request, completion in zip(wanted, done):
         np.testing.assert_allclose(completion.logprobs, rescore(request, completion), atol=1e-4)
