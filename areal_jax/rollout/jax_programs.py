@@ -51,8 +51,8 @@ class Programs:
         self.slots, self.steps, self.prefill_rows = slots, steps, prefill_rows
         self.widths = powers_of_two(min(16, max_length), max_length)  # of prefills
         self.lengths = (max_length,) if exact else powers_of_two(min(32, max_length), max_length)  # of the cache
-        # Of sequences in a decode. On a GPU a step mostly reads the weights, and fewer rows save nothing; on a CPU a third
-        # program for a quarter would save little more, and takes its time to compile.
+        # Of sequences in a decode. On a GPU a step mostly reads the weights, and fewer rows save nothing; on a CPU a
+        # third program, for a quarter, would save little more and takes its time to compile.
         self.counts = (slots,) if exact or on_gpu() or slots < _FEW else (slots // 2, slots)
         self._model, self._dtype = model, jnp.dtype(dtype)
         self._functions = _functions(model, steps, self._dtype)
