@@ -59,6 +59,7 @@ class Fault:
     quarantined: int = 0
     restarts: int | None = 1  # times that the role is started again, and no other; None: as it comes
     disk: int = 0  # bytes of a file system of the run's own; 0: it has none
+    logs_apart: bool = False  # the logs are not on it, as they must tell of the fault
     random: bool = False  # the seed matters
 
     @property
@@ -90,6 +91,7 @@ class Run(judge.Watched):
         self.fault, self.folder = fault, folder
         self.random = random.Random(f"{fault.role}/{fault.action}/{seed}")
         self.where, self.struck, self.hung = "", False, False
+        self.wrong: list[str] = []  # what a story found out
         self.fired, self.ballast = folder / "fired", self.workdir / "ballast"
         self.compile_cache = ""
 
@@ -205,6 +207,9 @@ def own_disk(run: Run) -> Iterator[None]:
     run.workdir.mkdir(mode=0o700)
     options = f"size={run.fault.disk},mode=0700"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "areal_jax", run.workdir], check=True)
+    if run.fault.logs_apart:
+        (run.folder / "logs").mkdir(mode=0o700)
+        (run.workdir / "logs").symlink_to(run.folder / "logs")
     try:
         yield
     finally:
@@ -227,6 +232,7 @@ def _has_admin() -> bool:
 def judged(run: Run, code: int | None) -> Iterator[str]:
     """What is wrong with the way the run ended, and with its accounts."""
     fault = run.fault
+    yield from run.wrong
     if not run.struck:
         yield "the fault never came about"
     if code is None:
