@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
 from areal_jax.transport.endpoints import read_endpoint, split_address, write_endpoint
-from tools.faults import harness, stories
+from tools.faults import harness, launcher, stories
 from tools.faults.harness import Fault, Run
 from tools.faults.matrix import all_faults
 
@@ -117,12 +118,15 @@ def test_a_full_disk_has_come_about_when_any_trainer_process_says_so(tmp_path, m
 
 
 def test_what_must_tell_of_a_full_disk_is_not_on_it(tmp_path, monkeypatch):
-    commands = []
-    monkeypatch.setattr(harness.subprocess, "run", lambda command, check: commands.append(command[0]))
+    """In a run's folder that its launcher would refuse if there were anything in it before."""
+    shown = []
+    monkeypatch.setattr(launcher.session, "run", lambda _, workdir: shown.append((Path(workdir) / "logs").resolve()))
     (apart,) = {fault.logs_apart for fault in all_faults() if fault.disk and fault.role == "trainer"}
-    with harness.own_disk(Run(Fault(role="trainer", action="x", disk=1, logs_apart=apart), tmp_path, 0)):
-        (tmp_path / "run" / "logs" / "trainer-0.log").touch()
-    assert (tmp_path / "logs" / "trainer-0.log").exists() and commands == ["mount", "umount"]
+    run = Run(Fault(role="trainer", action="x", disk=1, logs_apart=apart), tmp_path, 0)
+    monkeypatch.setattr(Run, "start", lambda self, command, log: launcher.main(json.loads(command[-1])))
+    for _ in range(2):
+        run.begin("")
+    assert shown == [tmp_path / "logs"] * 2
 
 
 def test_a_launcher_that_hangs_is_not_taken_for_one_that_was_killed(tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ class Run(judge.Watched):
         plan = {
             "workdir": str(self.workdir), "settings": f.settings | {"launch.compile_cache": compile_cache},
             "role": f.point and POINTS[f.point].role, "fault": spec,
+            "logs": str(self.folder / "logs") if f.logs_apart else "",
         }  # fmt: skip
         command = [sys.executable, "-m", "tools.faults.launcher", json.dumps(plan)]
         self.launcher = self.start(command, self.folder / "launcher.log")
@@ -207,9 +208,6 @@ def own_disk(run: Run) -> Iterator[None]:
     run.workdir.mkdir(mode=0o700)
     options = f"size={run.fault.disk},mode=0700"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "areal_jax", run.workdir], check=True)
-    if run.fault.logs_apart:
-        (run.folder / "logs").mkdir(mode=0o700)
-        (run.workdir / "logs").symlink_to(run.folder / "logs")
     try:
         yield
     finally:
