@@ -51,7 +51,7 @@ class Watched:
     def __init__(self, workdir: Path, temporary: Path):
         self.workdir, self.temporary, self.mark = workdir, temporary, uuid.uuid4().hex
         _, most = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
-        most = most if most > 0 else 1 << 30  # -1: no limit
+        most = 1 << 30 if most == resource.RLIM_INFINITY else most
         self.limit = random.SystemRandom().randrange(most // 2, most)
         self.launcher: subprocess.Popen | None = None
         self.shared_before = shared_memory()

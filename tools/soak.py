@@ -21,6 +21,7 @@ import platform
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -34,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from areal_jax.metrics.trained import read_trained  # noqa: E402
-from tools import judge  # noqa: E402
+from tools import judge, soak_page  # noqa: E402
+from tools.fault_injection import commit  # noqa: E402
 
 # How often whom: what starts in a second more often than what loads and compiles for half a minute.
 VICTIMS = {"controller": 5, "rewards": 4, "rollout": 2, "trainer": 0.7, "launcher": 0.1, "everything": 0.1}
@@ -49,9 +51,11 @@ SETTINGS = {
 ENDLESS = 10**6  # steps
 STEP_SECONDS = 600.0  # for one step, when nobody is killed
 # By how much a role's longest life may grow after its first third, in MB of memory and of shared memory and in
-# descriptors: what allocators and caches come to later than that, and so much for each update. The trainer's is known:
-# TensorStore 0.1.86 keeps some 37 kB for each checkpoint, of which there is one in five updates.
-GROWTH = {"mb": (8.0, 0.015), "shared_mb": (8.0, 0.0), "fds": (8.0, 0.0)}
+# descriptors: what allocators and caches come to later than that.
+GROWTH = {"mb": 8.0, "shared_mb": 8.0, "fds": 8.0}
+# And the trainer's memory by so many MB for each update, for a reason that is known: TensorStore 0.1.86 keeps some
+# 37 kB for each checkpoint, of which there is one in five updates.
+TRAINER_GROWTH = 0.015
 JUDGED_UPDATES = 100  # a life with fewer in that time says nothing
 GONE_SECONDS = 150.0  # for what is left to end, when the launcher was killed
 
@@ -87,6 +91,7 @@ class Soak:
         self.events: list[dict[str, Any]] = []
         self.series: list[dict[str, Any]] = []  # one row per second
         self.problems: list[str] = []
+        self.over = False  # the run came to its end
         self.steps: list[float] = []  # when each line of the trainer's record was seen
 
     def one_step(self) -> None:
@@ -163,6 +168,19 @@ class Soak:
         self.problems += [f"after the death of {kind}: {what}" for what in left]
         self.run.begin()
 
+    def live(self, seconds: float, extra: int) -> int:
+        """All of it; returns the run's number of steps. Whatever goes wrong is a problem, and the figures stay."""
+        try:
+            self.one_step()
+            self.spend(seconds)
+            self.one_step()  # everybody is there
+            if not self.problems:
+                return self.finish(extra)
+        except (OSError, ValueError, RuntimeError, psutil.Error, subprocess.SubprocessError) as error:
+            self.problems.append(f"{type(error).__name__}: {error}")
+        self.run.kill()
+        return len(read_trained(self.run.workdir))
+
     def finish(self, extra: int) -> int:
         """Stop by SIGINT, start again for `extra` steps, wait for the end; returns the run's number of steps."""
         self.run.launcher.send_signal(signal.SIGINT)
@@ -180,6 +198,7 @@ class Soak:
             time.sleep(0.5)
         if (code := self.run.launcher.poll()) != 0:
             self.problems.append(f"the last leg's exit code is {code}")
+        self.over = code == 0
         self.problems += self.run.left(1.0)
         return steps
 
@@ -187,29 +206,37 @@ class Soak:
 def result(soak: Soak, steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """The figures, and the accounts."""
     workdir = soak.run.workdir
-    trained, state = read_trained(workdir), judge.newest_state(workdir)
+    trained = read_trained(workdir)
     summary_path = workdir / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
     bound, group_size = SETTINGS["controller.max_staleness"], SETTINGS["controller.group_size"]
-    wrong = judge.ledger_problems(trained, state, steps=steps, bound=bound, group_size=group_size)
-    wrong += judge.summary_problems(workdir, bound=bound) if summary else ["there is no summary.json"]
-    wrong += judge.secrets(workdir)
+    wrong, ledger = list(judge.secrets(workdir)) if workdir.exists() else [], None
+    if soak.over:
+        state = judge.newest_state(workdir)
+        ledger = state.ledger
+        wrong += judge.ledger_problems(trained, state, steps=steps, bound=bound, group_size=group_size)
+        wrong += judge.summary_problems(workdir, bound=bound) if summary else ["there is no summary.json"]
+    else:
+        wrong.append("the run did not come to its end: what it was trained on was not held against its ledger")
     samples = sum(group.samples for groups in trained.values() for group in groups)
     lags = Counter(step - group.oldest for step, groups in trained.items() for group in groups)
     roles = growth(soak.series, soak.steps)
     # Of a step that was made again after going back to a checkpoint, the last time counts.
     times = {row["version"]: at for row, at in zip(_record(workdir), soak.steps, strict=False)}
     return {
+        "date": soak_page.today(), "code": commit(),
         "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}",
         "load_at_end": round(os.getloadavg()[0], 2),
-        "minutes": options.minutes, "seed": options.seed, "kills": dict(Counter(e["kind"] for e in soak.events)),
+        "minutes": options.minutes, "seed": options.seed, "every": soak.every,
+        "kills": dict(Counter(e["kind"] for e in soak.events)),
         "steps": steps, "steps_made_again": len(_record(workdir)) - len(trained), "samples": samples,
-        "samples_per_second": round(samples / max(soak.steps), 2),
-        "epochs_finished": len(state.ledger.epochs_done), "groups_by_lag": dict(sorted(lags.items())), "bound": bound,
-        "quarantined": state.ledger.totals.get("quarantined", 0),
+        "samples_per_second": round(samples / max(soak.steps, default=1.0), 2),
+        "epochs_finished": len(ledger.epochs_done) if ledger else None,
+        "groups_by_lag": dict(sorted(lags.items())), "bound": bound,
+        "quarantined": ledger.totals.get("quarantined", 0) if ledger else None,
         "late_or_duplicate_results_refused": summary.get("late_results", 0) + summary.get("duplicate_results", 0),
         "longest_end_after_launcher_killed": max((e.get("gone_after", 0.0) for e in soak.events), default=0.0),
-        "roles": roles, "problems": soak.problems + wrong + growth_problems(roles),
+        "roles": roles, "problems": soak.problems + wrong + growth_problems(roles, all_judged=soak.every is None),
         "events": soak.events, "series": soak.series,
         "trained": [[at, sum(group.samples for group in trained[i])] for i, at in times.items() if i in trained],
     }  # fmt: skip
@@ -237,57 +264,29 @@ def growth(series: list[dict[str, Any]], steps: Sequence[float]) -> dict[str, di
             "fds_max": max(row[2] for row in rows), "longest_life_rows": len(life),
             "updates": bisect.bisect(steps, last) - bisect.bisect(steps, first),
         }  # fmt: skip
+        found[name]["judged"] = found[name]["updates"] >= JUDGED_UPDATES
         for column, what in enumerate(("mb", "fds", "shared_mb"), 1):
             for place, part in (("after_a_third", late[:quarter]), ("last", late[-quarter:])):
                 found[name][f"{what}_{place}"] = round(statistics.median(row[column] for row in part), 2)
     return found
 
 
-def growth_problems(roles: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What has grown beyond `GROWTH`, in words."""
+def growth_problems(roles: Mapping[str, Mapping[str, Any]], all_judged: bool = False) -> list[str]:
+    """What has grown beyond what is right, in words, and, where it must be, who was not judged."""
     problems = []
     for name, role in roles.items():
-        for what, (once, per_update) in GROWTH.items():
+        if not role["judged"]:
+            few = f"{name} was not judged: {role['updates']} updates in its longest life, {JUDGED_UPDATES} are needed"
+            problems += [few] * all_judged
+            continue
+        for what, allowed in GROWTH.items():
             before, after = role[f"{what}_after_a_third"], role[f"{what}_last"]
-            allowed = once + per_update * role["updates"]
-            if role["updates"] >= JUDGED_UPDATES and after - before > allowed:
+            if what == "mb" and name.startswith("trainer-"):
+                allowed += TRAINER_GROWTH * role["updates"]
+            if after - before > allowed:
                 grew = f"{name} grew from {before} to {after} {what} in {role['updates']} updates"
                 problems.append(f"{grew}; at most {allowed:.0f} more are right")
     return problems
-
-
-def draw(found: dict[str, Any], path: Path, window: float = 30.0) -> None:
-    """Samples per second (over `window`), memory and descriptors by role; kills are the marks at the top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (rate, memory, files) = plt.subplots(3, 1, figsize=(11, 8.5), sharex=True)
-    end = max(at for at, _ in found["trained"])
-    times = [i * window / 3 for i in range(int(3 * end / window) + 1)]
-    rates = [sum(n for at, n in found["trained"] if t - window < at <= t) / window for t in times]
-    rate.plot(times, rates, color="#2f5d9b")
-    top = rate.get_ylim()[1]
-    for kinds, colour, label in (
-        (("rollout", "rewards", "controller"), "#bbbbbb", "worker, rewards or controller killed"),
-        (("trainer",), "#d98e04", "trainer killed"), (("launcher", "everything"), "#c0392b", "launcher or all killed"),
-    ):  # fmt: skip
-        at = [event["at"] for event in found["events"] if event["kind"] in kinds]
-        rate.plot(at, [top] * len(at), "|", color=colour, markersize=9, label=label)
-    rate.set_ylabel("samples trained on per second")
-    rate.legend(loc="lower right", fontsize=8)
-    for axis, column, label in ((memory, 0, "resident memory, MB"), (files, 1, "open descriptors")):
-        for name in found["roles"]:
-            # A pause in the line where the role was dead.
-            points = [(row["at"], row[name][column] if name in row else float("nan")) for row in found["series"]]
-            axis.plot(*zip(*points, strict=True), linewidth=0.8, label=name)
-        axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-    memory.legend(loc="upper right", fontsize=8, ncols=4)
-    files.set_xlabel("seconds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
 
 
 def main() -> int:
@@ -298,6 +297,7 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, default=Path("runs/soak"), help="a new folder")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--docs", type=Path, help="write the tables into this page")
     options, overrides = parser.parse_known_args()
     if bad := [o for o in overrides if not o.startswith("--config.")]:
         parser.error(f"unknown options {bad}; settings are changed with --config.KEY=VALUE")
@@ -312,19 +312,15 @@ def main() -> int:
     soak = Soak(run, options.seed, every)
     run.begin()
     try:
-        soak.one_step()
-        soak.spend(60 * options.minutes)
-        soak.one_step()  # everybody is there
-        if soak.problems:
-            print(f"soak: {soak.problems}", file=sys.stderr)
-            return 1
-        found = result(soak, soak.finish(extra=8), options)
+        found = result(soak, soak.live(60 * options.minutes, extra=8), options)
     finally:
         run.kill()
     if options.json:
         options.json.write_text(json.dumps(found) + "\n")
     if options.plot:
-        draw(found, options.plot)
+        soak_page.draw(found, options.plot)
+    if options.docs:
+        soak_page.write(found, options.docs)
     print(json.dumps({key: x for key, x in found.items() if key not in ("events", "series", "trained")}, indent=1))
     return 1 if found["problems"] else 0
 

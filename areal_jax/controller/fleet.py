@@ -15,7 +15,7 @@ class Worker:
     name: str
     slots: int
     version: int  # of the weights it has; -1: none yet
-    pid: int = 0
+    process: tuple[int, int] = (0, 0)  # its number, and what it drew when it began
     running: set[Slot] = field(default_factory=set)
     evaluating: set[Slot] = field(default_factory=set)
     updating: int | None = None  # version it was told to load, until it says how that went

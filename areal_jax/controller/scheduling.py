@@ -45,7 +45,7 @@ class Silent:
 class Loss:
     """What a worker ran when it was lost."""
 
-    pid: int
+    process: tuple[int, int]  # `Worker.process`
     groups: list[Group]
     suspects: list[Group]  # of these
 

@@ -127,7 +127,8 @@ class Service:
             case m.Hello():
                 return self._hello(peer, message, now)
             case m.Heartbeat() | m.Goodbye() | m.SampleDone() | m.SampleFailed() | m.WeightsLoaded():
-                if self._names.get(peer) != message.name or not core.knows(message.name):
+                known = core.knows(message.name) or isinstance(message, m.Goodbye)  # which needs no other word first
+                if self._names.get(peer) != message.name or not known:
                     if peer in self._replaced:
                         return m.Shutdown(reason=f"another process has taken the name {message.name}")
                     return m.Refused(reason=HELLO_FIRST)
@@ -310,7 +311,6 @@ class Service:
             message = m.Welcome(self._run, message.heartbeat_seconds, message.reward_endpoints)
         peer = self._peers.get(action.to)
         if peer is not None and not await self.server.send(Peer(peer.identity), message):
-            self._names.pop(self._peers.pop(action.to), None)
             self.core.unreachable(action.to, now)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    restarts: int = 6  # times in a row that a rollout worker, reward service or the controller is started again
+    restarts: int = 6  # times in a row that a rollout worker, a server or the launcher's guardian is started again
     trainer_restarts: int = 1  # the same for the trainer: it goes on from its last checkpoint, or begins again
     stop_grace: float = 60.0  # seconds that roles get to save and end before they are killed; the trainer 4/5 of it
     announce_limit: float = 90.0  # seconds without a sign that the controller or a reward service is starting

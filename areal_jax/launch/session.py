@@ -74,8 +74,9 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
             view = make_view(config, workdir)
             limit = config["launch"]["announce_limit"]
             supervisor = Supervisor(
-                roles, leaders, workdir, grace=grace, announce_limit=limit, tell=view.tell, lock=lock
-            )
+                roles, leaders, workdir, grace=grace, announce_limit=limit, tell=view.tell, lock=lock,
+                guardian_restarts=config["launch"]["restarts"],
+            )  # fmt: skip
             with view:
                 outcome = supervisor.run(view.tick)
             _forget_processes(workdir)

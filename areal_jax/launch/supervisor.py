@@ -90,7 +90,7 @@ class Supervisor:
 
     def __init__(
         self, roles: Sequence[Role], leaders: Sequence[str], workdir: str | os.PathLike, *, grace: float = 60.0,
-        farewell: float = FAREWELL_SECONDS, announce_limit: float = float("inf"),
+        farewell: float = FAREWELL_SECONDS, announce_limit: float = float("inf"), guardian_restarts: int = 5,
         tell: Callable[[str], None] = print, lock: int | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self._processes = {role.name: _Process(role) for role in roles}
@@ -99,6 +99,8 @@ class Supervisor:
         self._grace, self._farewell, self._tell, self._lock = grace, farewell, tell, lock
         self._announce_limit, self._clock = announce_limit, clock
         self._guardian: subprocess.Popen | None = None
+        self._guardian_restarts, self._unguarded = guardian_restarts, 0  # the second: its deaths in a row
+        self._guarded_at = 0.0  # when it was started, or is to be
         self._signals = 0
         self.restarts = 0
 
@@ -138,12 +140,7 @@ class Supervisor:
         """Notice what ended since the last look, start it again where that is allowed; the outcome when it is over."""
         if self._signals:
             return Outcome("stopped", "told to stop")
-        if self._guardian.poll() is not None:
-            how = describe_exit(self._guardian.returncode)
-            self._tell(f"the guardian {how}; starting another")
-            self._record.add({"time": time.time(), "role": "guardian", "how": how})
-            self._guardian.stdin.close()
-            self._guard()
+        self._mind_guardian()
         if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
             return Outcome("finished")
         for process in self._processes.values():
@@ -161,6 +158,25 @@ class Supervisor:
             if failure is not None:
                 return failure
         return None
+
+    def _mind_guardian(self) -> None:
+        """Start another for one that died; one that dies at once, after a pause that grows, and not for ever."""
+        now = self._clock()
+        if self._guardian is not None and self._guardian.poll() is not None:
+            how = describe_exit(self._guardian.returncode)
+            self._guardian.stdin.close()
+            self._guardian = None
+            self._unguarded = 1 if now - self._guarded_at > STABLE_SECONDS else self._unguarded + 1
+            if self._unguarded > self._guardian_restarts:
+                self._guarded_at = float("inf")
+                more = "going on without one: who kills this launcher has to end its processes, too"
+                self._tell(f"the guardian {how}, {self._unguarded} times in a row; {more}")
+                return
+            self._tell(f"the guardian {how}; starting another")
+            self._record.add({"time": time.time(), "role": "guardian", "how": how})
+            self._guarded_at = now + min(2.0 ** (self._unguarded - 2), 30.0) * (self._unguarded > 1)
+        if self._guardian is None and now >= self._guarded_at:
+            self._guard()
 
     def _end_if_silent(self, process: _Process) -> None:
         """A role that hangs does not end by itself; once it is killed, it is replaced as any that died."""
@@ -316,6 +332,7 @@ class Supervisor:
     def _guard(self) -> None:
         """Start a guardian and tell it what runs."""
         guard = [sys.executable, "-m", "areal_jax.launch.guardian", str(self._grace), str(self._workdir)]
+        self._guarded_at = self._clock()
         held = () if self._lock is None else (self._lock,)
         self._guardian = subprocess.Popen(
             (*guard, *map(str, held)), stdin=subprocess.PIPE, bufsize=0, process_group=0, env=_own_env(), pass_fds=held

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import secrets
 import socket
 import time
 from collections import Counter
@@ -87,6 +88,7 @@ class Worker:
         self.tokenizer, self.verifier, self.clock = tokenizer, verifier, clock
         self.counts: Counter[str] = Counter()
         self._prompts = Prompts(tokenizer, settings.data)
+        self._life = secrets.randbits(63)
         self._client = connect(self._hello)
         self._heartbeat_seconds = 1.0
         self._samples: dict[tuple[int, int], tuple[Task, asyncio.Task]] = {}
@@ -132,7 +134,7 @@ class Worker:
 
     def _hello(self) -> Hello:
         return Hello(
-            role="rollout", name=self.settings.name, host=socket.gethostname(), pid=os.getpid(),
+            role="rollout", name=self.settings.name, host=socket.gethostname(), pid=os.getpid(), life=self._life,
             slots=self.engine.slots, version=self.engine.version,
             running=[(task.group, task.sample, task.attempt) for task, _ in self._samples.values()],
         )  # fmt: skip

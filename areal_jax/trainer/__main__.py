@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         except (
             TrainingStopped, WaitedTooLong, TransportError, StalenessError, CheckpointError, ModelError, DiskFull,
         ) as error:  # fmt: skip
-            if isinstance(error, DiskFull):
+            if isinstance(error, DiskFull | CheckpointError):  # of which a full disk is one cause
                 release(options.workdir)
             with contextlib.suppress(OSError):  # of a disk that is full even so
                 print(f"areal_jax.trainer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

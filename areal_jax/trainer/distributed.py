@@ -15,7 +15,8 @@ def start(workdir: str | os.PathLike, process: int, processes: int, address: str
     """Joins this process with the others; must run before jax touches a device. Nothing to do for one process.
 
     Inside a Slurm step with as many tasks jax finds the others by itself; elsewhere process 0 announces a port in the
-    run's folder. `address` is the controller's: on loopback, so is the coordinator.
+    run's folder. `address` is the controller's: on loopback, so is the coordinator. JAX's own traffic is neither
+    encrypted nor authenticated.
     """
     if processes == 1:
         return
@@ -28,11 +29,19 @@ def start(workdir: str | os.PathLike, process: int, processes: int, address: str
         host = "127.0.0.1" if is_loopback(address) else socket.gethostname()
         with socket.socket() as probe:
             probe.bind((host, 0))
-            endpoint = f"tcp://{host}:{probe.getsockname()[1]}"
+            found, port = probe.getsockname()
+        endpoint = f"tcp://{host}:{port}"
+        # By itself it would listen on every interface, and it knows no keys. Where a host's own name is one of loopback
+        # to itself, as on Debian, the others know another address by it: only then it must.
+        unreachable = is_loopback(f"tcp://{found}:{port}") and not is_loopback(address)
+        bind = f"[::]:{port}" if unreachable else f"{host}:{port}"
         write_endpoint(workdir, COORDINATOR, endpoint)
     else:
-        endpoint = wait_endpoint(workdir, COORDINATOR, timeout)
-    jax.distributed.initialize(endpoint.removeprefix("tcp://"), processes, process, initialization_timeout=int(timeout))
+        endpoint, bind = wait_endpoint(workdir, COORDINATOR, timeout), None
+    jax.distributed.initialize(
+        endpoint.removeprefix("tcp://"), processes, process, initialization_timeout=int(timeout),
+        coordinator_bind_address=bind,
+    )  # fmt: skip
 
 
 def agree(ready: bool, stop: bool) -> tuple[bool, bool]:

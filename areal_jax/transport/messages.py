@@ -100,6 +100,7 @@ class Hello(Message, tag="hello"):
     name: str  # unique among the living; "rollout-0"
     host: str
     pid: int
+    life: int = 0  # rollout: a number that the process drew when it began, as a successor may have the same `pid`
     protocol: int = PROTOCOL
     slots: int = 0  # rollout: how many samples it runs at once
     version: int = -1  # rollout: the weights it has; -1 for none

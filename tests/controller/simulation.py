@@ -43,7 +43,7 @@ class FakeWorker:
     """Does what a rollout worker does: every step of a sample adds a token, stamped with the weights it has now."""
 
     name: str
-    pid: int
+    life: int
     slots: int = 4
     version: int = -1
     path: str = ""
@@ -55,7 +55,8 @@ class FakeWorker:
             role="rollout",
             name=self.name,
             host="h",
-            pid=self.pid,
+            pid=1,  # as in containers, where every process may have this number
+            life=self.life,
             slots=self.slots,
             version=self.version,
             running=[(w.task.group, w.task.sample, w.task.attempt) for w in self.work.values()],
@@ -81,9 +82,9 @@ class FakeWorker:
 class World:
     """The core, its workers and its trainer, and everything that was ever consumed."""
 
-    def __init__(self, config: ControllerConfig, prompts: int, seed: int = 0, evals: int = 0, rolling: bool = True):
+    def __init__(self, config: ControllerConfig, prompts: int, seed=0, evals=0, rolling=True, steps=0):
         self.config, self.rng, self.now = config, random.Random(seed), 0.0
-        self.rolling, self.evals, self.incarnation, self.pids = rolling, evals, -1, 0
+        self.rolling, self.evals, self.steps, self.incarnation, self.lives = rolling, evals, steps, -1, 0
         self.records = [{"prompt": str(i)} for i in range(prompts)]
         self.workers: dict[str, FakeWorker] = {}
         self.version, self.publications = -1, 0
@@ -102,8 +103,9 @@ class World:
         self.incarnation += 1
         evals = [{"prompt": f"e{i}"} for i in range(self.evals)]
         return Core(
-            self.config, self.records, evals, seed=3, rolling=self.rolling, incarnation=self.incarnation, now=self.now
-        )
+            self.config, self.records, evals, seed=3, rolling=self.rolling, incarnation=self.incarnation,
+            steps=self.steps, now=self.now,
+        )  # fmt: skip
 
     # --- Events ----------------------------------------------------------------------------------------------------
 
@@ -120,8 +122,8 @@ class World:
                 worker.take(action.message)
 
     def join(self, name: str, slots: int = 4) -> FakeWorker:
-        self.pids += 1
-        worker = self.workers[name] = FakeWorker(name, self.pids, slots)
+        self.lives += 1
+        worker = self.workers[name] = FakeWorker(name, self.lives, slots)
         self.core.hello(worker.hello(), self.now)
         self.deliver()
         return worker
@@ -135,6 +137,21 @@ class World:
         """With a goodbye; `died`: because its engine did."""
         del self.workers[name]
         self.core.goodbye(name, self.now, died=died)
+        self.deliver()
+
+    def cut(self, name: str, seconds: float = 0.0) -> FakeWorker:
+        """A message to it finds nobody, and it is away for so long; it may come back, or another may."""
+        worker = self.workers.pop(name)
+        self.core.unreachable(name, self.now)
+        self.deliver()
+        if seconds:
+            self.advance(seconds)
+        return worker
+
+    def rejoin(self, worker: FakeWorker) -> None:
+        """The same process says hello again."""
+        self.workers[worker.name] = worker
+        self.core.hello(worker.hello(), self.now)
         self.deliver()
 
     def advance(self, seconds: float) -> None:

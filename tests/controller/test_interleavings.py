@@ -22,17 +22,18 @@ configs = st.builds(
     progress_limit=st.just(1e9),
     max_attempts=st.integers(1, 2),
 ).filter(lambda config: config.group_size > 1 or not config.dynamic_filter)
+lengths = st.just(0) | st.integers(1, 8)  # steps of the run; 0: as many as there is data for
 # An event is a kind and a number that picks among what is possible; frequent kinds are listed more often.
 OFTEN = ["done"] * 40 + ["grow"] * 10 + ["load"] * 16 + ["step"] * 16 + ["join", "publish"] * 2
-RARE = ["join", "batch", "ahead", "die", "leave", "restart", "rejoin", "fail", "refuse", "late", "wait"]
+RARE = ["join", "batch", "ahead", "die", "leave", "restart", "rejoin", "fail", "refuse", "late", "wait", "cut"]
 RARE += ["evaluate", "checkpoint", "resume", "resume_all", "killed"]
 KINDS = OFTEN + RARE
 events = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 2**16)), min_size=20, max_size=300)
 
 
 class History:
-    def __init__(self, config, prompts, rolling):
-        self.world = World(config, prompts, evals=2, rolling=rolling)
+    def __init__(self, config, prompts, rolling, steps):
+        self.world = World(config, prompts, evals=2, rolling=rolling, steps=steps)
         self.saved = None
         self.world.load_all(self.world.join("a", slots=3), publish=0)
 
@@ -56,8 +57,19 @@ class History:
                 if slot:
                     del worker.work[slot]
                 worker.updates.clear()
-                world.core.hello(worker.hello(), world.now)
-                world.deliver()
+                world.rejoin(worker)
+            case "cut" if worker:  # no message reaches it; then it is there again, or another, or nobody
+                away = world.cut(worker.name, seconds=pick // 4 % 80)
+                if slot:
+                    del worker.work[slot]
+                worker.updates.clear()
+                if pick % 4 < 2:
+                    world.rejoin(away)
+                elif pick % 4 == 2:
+                    world.join(away.name, slots=1 + pick % 5)
+                else:
+                    world.core.goodbye(away.name, world.now)
+                    world.deliver()
             case "grow" if slot:
                 worker.grow(slot)
             case "done" if slot:
@@ -72,9 +84,10 @@ class History:
                 world.load(worker)
             case "refuse" if worker and worker.updates:
                 world.load(worker, error="checksum")
-            case "batch" if world.version >= 0:
+            case "batch" if world.version >= 0 and self.more(world.version):
                 world.get_batch(world.version)
-            case "ahead" if world.version in world.batches:  # the next batch is wanted while weights are published
+            case "ahead" if world.version in world.batches and self.more(world.version + 1):
+                # the next batch is wanted while weights are published
                 world.get_batch(world.version + 1)
             case "publish":
                 if world.version < 0 or world.version in world.batches:
@@ -83,7 +96,7 @@ class History:
                     assert isinstance(world.publish(world.version + 1), m.Refused)
             case "step" if world.version in world.batches:
                 world.publish(world.version + 1)
-            case "step" if world.version >= 0:
+            case "step" if world.version >= 0 and self.more(world.version):
                 world.get_batch(world.version)
             case "evaluate" if world.version >= 0:
                 world.core.evaluate(world.version, world.now)
@@ -98,6 +111,10 @@ class History:
             case "resume" | "resume_all" if self.saved and not world.stopped:
                 world.resume(self.saved, new_controller=kind == "resume_all")
 
+    def more(self, step):
+        """Whether the trainer makes this step."""
+        return not self.world.steps or step < self.world.steps
+
     def check(self):
         self.world.audit()
         core = self.world.core
@@ -105,6 +122,8 @@ class History:
             assert not core.counters["dropped_stale"], "thrown away although over_age='wait'"
         if core.version >= 0 and not core.ledger.exhausted():
             assert core.count <= (self.world.config.max_staleness + core.version + 1) * self.world.config.batch_size
+        if self.world.steps:
+            assert core.count <= self.world.steps * self.world.config.batch_size, "made for no step of this run"
 
     def finish(self):
         """However it went: with one good worker everything comes to a good end."""
@@ -116,12 +135,14 @@ class History:
             world.publish(0)
         if world.stopped:
             return
-        if not world.config.epochs:
+        if not world.config.epochs and not world.steps:
             world.train(3)
         else:
-            while world.train(1) and not world.stopped:
+            while self.more(world.version) and world.train(1) and not world.stopped:
                 pass
-            if not world.stopped:
+            if not self.more(world.version):
+                assert len({step for step, _ in world.consumed}) <= world.steps
+            elif not world.stopped:
                 ledger = world.core.ledger
                 assert len(ledger.epochs_done) == world.config.epochs and not ledger.fate
                 assert sum(ledger.totals.values()) == len(world.records) * world.config.epochs
@@ -131,8 +152,8 @@ class History:
         world.audit()
 
 
-def run(config, prompts, rolling, history):
-    life = History(config, prompts, rolling)
+def run(config, prompts, rolling, steps, history):
+    life = History(config, prompts, rolling, steps)
     for kind, pick in history:
         life.step(kind, pick)
         life.check()
@@ -140,14 +161,14 @@ def run(config, prompts, rolling, history):
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(config=configs, prompts=st.integers(1, 9), rolling=st.booleans(), history=events)
-def test_promises_hold_in_every_interleaving(config, prompts, rolling, history):
-    run(config, prompts, rolling, history)
+@given(config=configs, prompts=st.integers(1, 9), rolling=st.booleans(), steps=lengths, history=events)
+def test_promises_hold_in_every_interleaving(config, prompts, rolling, steps, history):
+    run(config, prompts, rolling, steps, history)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
-@given(config=configs, prompts=st.integers(1, 12), rolling=st.booleans(), history=events)
-def test_promises_hold_in_thousands_of_interleavings(config, prompts, rolling, history):
-    run(config, prompts, rolling, history)
+@given(config=configs, prompts=st.integers(1, 12), rolling=st.booleans(), steps=lengths, history=events)
+def test_promises_hold_in_thousands_of_interleavings(config, prompts, rolling, steps, history):
+    run(config, prompts, rolling, steps, history)

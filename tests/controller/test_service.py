@@ -13,7 +13,7 @@ from areal_jax.controller.service import Service, merged
 from areal_jax.transport import messages as m
 from areal_jax.transport import wire
 from areal_jax.transport.endpoints import make_keys, read_endpoint
-from areal_jax.transport.sockets import Client, Server, SyncClient
+from areal_jax.transport.sockets import HELLO_FIRST, Client, Peer, Server, SyncClient
 from tests.transport.hostile import malformed, opens
 
 from .simulation import manifest, trajectory
@@ -160,6 +160,29 @@ def test_told_to_end_with_all_the_others_the_controller_stays_for_the_trainers_l
             return client.request(m.GetState(0), 10)
 
     assert isinstance(asyncio.run(asyncio.wait_for(body(), 60)), m.State)
+
+
+def test_a_goodbye_that_comes_after_its_sender_could_not_be_reached_is_taken(tmp_path):
+    """The ROUTER knows before the controller that a worker has gone, and its last word is still in the queue."""
+
+    async def body():
+        core, peer = Core(CONFIG, RECORDS), Peer(b"rollout-0/1")
+        async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
+            service = Service(core, server, "test")
+            hello = {"role": "rollout", "name": "rollout-0", "host": "h", "pid": 1, "slots": 4}
+            service._handle(peer, m.Hello(**hello))
+            await service._act()  # its welcome finds nobody
+            assert set(core.unreached) == set(core.missing) == {"rollout-0"}
+            beat, goodbye = m.Heartbeat("rollout-0", "generating"), m.Goodbye("rollout-0")
+            assert service._handle(peer, beat) == m.Refused(reason=HELLO_FIRST)
+            assert service._handle(Peer(b"rollout-0/2"), goodbye) == m.Refused(reason=HELLO_FIRST)
+            assert service._handle(peer, goodbye) is None
+            assert not core.unreached and not core.missing
+            assert service._handle(peer, goodbye) == m.Refused(reason=HELLO_FIRST)
+            service._handle(Peer(b"rollout-0/3"), m.Hello(**hello, life=2))
+            assert (core.counters["workers_died"], core.counters["workers_left"]) == (0, 1)
+
+    asyncio.run(asyncio.wait_for(body(), 30))
 
 
 def test_damaged_messages_change_nothing(tmp_path):

@@ -28,10 +28,37 @@ def test_a_worker_that_hangs_loses_its_samples_at_once_and_is_reported_after_twi
     assert not world.silent
     world.advance(2.0)
     (silent,) = world.silent
-    assert (silent.name, silent.host, silent.pid, silent.phase) == ("a", "h", hung.pid, "starting")
+    assert (silent.name, silent.host, silent.pid, silent.phase) == ("a", "h", 1, "starting")
     assert silent.seconds == 21.0
     world.advance(30.0)
     assert len(world.silent) == 1, "once is enough"
+
+
+def test_a_worker_that_hangs_and_whose_connection_is_given_up_before_is_reported_as_well():
+    """ZeroMQ may find out first that it does not answer, and then nobody waits for its heartbeat any more."""
+    world = World(CONFIG, 10)
+    world.join("a")
+    world.publish(0)
+    world.cut("a", seconds=8.0)
+    world.advance(11.0)
+    assert not world.silent
+    world.advance(2.0)
+    (silent,) = world.silent
+    assert (silent.name, silent.host, silent.pid, silent.seconds) == ("a", "h", 1, 21.0)
+    world.advance(30.0)
+    assert len(world.silent) == 1, "once is enough"
+
+
+def test_who_cannot_be_reached_and_comes_back_or_says_goodbye_is_not_reported():
+    world = World(CONFIG, 10)
+    world.join("a")
+    world.join("b")
+    world.rejoin(world.cut("a"))
+    world.cut("b")
+    world.core.goodbye("b", world.now)
+    for _ in range(10):
+        world.advance(5.0)
+    assert not world.silent
 
 
 def test_a_worker_that_comes_back_in_time_is_not_reported():

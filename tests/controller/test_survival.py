@@ -2,6 +2,7 @@
 
 import pytest
 
+from areal_jax.controller import members
 from areal_jax.transport import messages as m
 
 from .simulation import FakeWorker, World, manifest, trajectory
@@ -59,8 +60,7 @@ def test_a_worker_whose_engine_died_hands_its_samples_over_at_once_and_none_of_t
 
 def unreachable(world, name):
     """A message to it found nobody; that it had died is known when its successor comes."""
-    del world.workers[name]
-    world.core.unreachable(name, world.now)
+    world.cut(name)
 
 
 DEATHS = {"silent": World.die, "goodbye": lambda w, name: w.leave(name, died=True), "unreachable": unreachable}
@@ -94,15 +94,34 @@ def test_a_worker_that_was_cut_off_for_a_while_has_not_died():
     a = start(world)
     had = set(a.work)
     for _ in range(5):
-        world.core.unreachable("a", world.now)
-        world.core.hello(a.hello(), world.now)
-        world.deliver()
+        world.rejoin(world.cut("a"))
     assert set(a.work) == had and not world.core.counters["workers_died"]
     assert not any(group.prompt.deaths for group in world.core.ledger.open.values())
 
 
+@pytest.mark.parametrize("died", [False, True])
+def test_a_worker_that_says_how_it_ended_is_believed_though_no_message_reaches_it(died):
+    world = World(config(), 20)
+    start(world, "a", 4)
+    world.cut("a")
+    world.core.goodbye("a", world.now, died=died)
+    world.core.goodbye("a", world.now, died=died)
+    start(world, "a", 4)
+    assert (world.core.counters["workers_died"], world.core.counters["workers_left"]) == (died, not died)
+    prompts = [group.prompt for group in world.core.ledger.open.values()]
+    assert sum(prompt.deaths for prompt in prompts) == 4 * died
+
+
+def test_workers_of_which_nothing_is_ever_heard_again_are_not_remembered_for_ever():
+    world = World(config(), 20)
+    for i in range(members.UNREACHED + 3):
+        world.join(f"guest-{i}")
+        world.cut(f"guest-{i}")
+    assert len(world.core.unreached) == members.UNREACHED and "guest-3" in world.core.unreached
+
+
 def test_a_prompt_is_not_put_away_for_a_death_that_is_known_only_after_its_end():
-    world = World(config(max_attempts=1, group_size=1), 20)
+    world = World(config(max_attempts=1, group_size=1, batch_size=1), 20)
     for _ in range(2):
         a = start(world, "a", slots=1)
         world.die("a")

@@ -150,6 +150,27 @@ def test_an_end_takes_no_longer_than_the_grace_period_though_trainer_and_control
     assert clock.ahead - marks[0] <= 20.0 + 6 * 0.5
 
 
+def test_after_a_finished_run_all_get_a_while_to_leave_by_themselves_and_then_the_grace_period(tmp_path):
+    class Ticking(Clock):
+        def __call__(self):
+            self.ahead += 0.5
+            return self.ahead
+
+    clock, told, marks, done = Ticking(), [], [], tmp_path / "done"
+    roles = [role("trainer", UNTIL, done), role("controller", STUBBORN)]
+    supervisor = Supervisor(roles, ["trainer"], tmp_path, grace=20.0, farewell=10.0, tell=told.append, clock=clock)
+    stop = supervisor.stop
+    supervisor.stop = lambda outcome: (marks.append(clock.ahead), stop(outcome))
+
+    def tick():
+        if (tmp_path / "logs" / "controller.log").read_text():
+            done.touch()
+
+    assert supervisor.run(tick, interval=0.01).status == "finished"
+    assert len(told) == 1 and told[0].startswith("controller did not end within")
+    assert 30.0 <= clock.ahead - marks[0] <= 30.0 + 6 * 0.5
+
+
 # A role as vLLM is: its child shares a named semaphore, which Python's cleaner removes when both have ended.
 SEMAPHORE = """
 import multiprocessing, os, signal, sys

@@ -193,6 +193,32 @@ def test_a_guardian_that_is_killed_costs_nothing_and_is_replaced(tmp_path):
 UNTIL = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
 
 
+def test_a_guardian_that_cannot_start_is_tried_after_pauses_and_not_for_ever(tmp_path, monkeypatch):
+    now, told = 0.0, []
+    monkeypatch.setattr(supervisor_module, "_own_env", lambda: os.environ | {"PYTHONHOME": str(tmp_path)})
+    roles = [role("trainer", FOREVER)]
+    supervisor = Supervisor(roles, ["trainer"], tmp_path, tell=told.append, clock=lambda: now, guardian_restarts=3)
+
+    def started_at(later):
+        """Whether another was started, when the one before has died and so many seconds have gone by."""
+        nonlocal now
+        if supervisor._guardian is not None:
+            supervisor._guardian.wait()
+        now += later
+        assert supervisor._look() is None
+        return supervisor._guardian is not None
+
+    supervisor.start()
+    try:
+        assert started_at(0.0)
+        assert not started_at(0.0) and not started_at(0.5) and started_at(0.5)
+        assert not started_at(0.0) and not started_at(1.0) and started_at(1.0)
+        assert not started_at(0.0) and not started_at(1e6), "given up"
+        assert len(told) == 4 and "4 times in a row; going on without one" in told[-1]
+    finally:
+        supervisor._kill_all()
+
+
 def test_a_guardian_that_was_replaced_is_on_record(tmp_path):
     def tick(supervisor):
         record = tmp_path / "restarts.jsonl"

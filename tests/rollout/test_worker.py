@@ -203,7 +203,7 @@ def test_going_back_to_an_older_version_gives_up_what_newer_weights_sampled(tmp_
 def test_a_restarted_controller_is_greeted_again_and_told_what_runs(tmp_path):
     async def story(world):
         world.engine.gates |= {"x": asyncio.Event(), "y": asyncio.Event()}
-        await world.welcome()
+        first = await world.welcome()
         await world.assign("x", "y")
         await world.heartbeat("generating")
         world.controller.close()
@@ -214,6 +214,7 @@ def test_a_restarted_controller_is_greeted_again_and_told_what_runs(tmp_path):
                 break
             await world.say(Refused(reason=HELLO_FIRST))
         assert message.version == 0 and message.running == [(0, 0, 2), (0, 1, 2)]
+        assert message.life == first.life, "the same process, though others may have its number"
         await world.say(Welcome(run="test", heartbeat_seconds=0.02))
         await world.say(Cancel(tasks=[(0, 0)]))
         while not world.engine.cancelled:  # before the other may end: its score comes by another socket
@@ -225,6 +226,18 @@ def test_a_restarted_controller_is_greeted_again_and_told_what_runs(tmp_path):
         assert (message.group, message.sample) == (0, 1) and world.engine.cancelled == ["x"]
 
     play(World(tmp_path), story)
+
+
+def test_no_worker_has_the_number_of_the_one_before_it(tmp_path):
+    lives = set()
+
+    async def story(world):
+        lives.add((await world.welcome()).life)
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        play(World(tmp_path / name), story)
+    assert len(lives) == 2
 
 
 def test_a_silent_reward_service_is_replaced_by_another(tmp_path):

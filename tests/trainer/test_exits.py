@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from areal_jax.disk import DiskFull, reserve
 from areal_jax.exits import CANNOT_GO_ON
 from areal_jax.models import ModelError
 from areal_jax.trainer import __main__ as program
@@ -40,3 +41,18 @@ def test_what_a_trainer_has_decided_is_final_and_what_others_did_not_do_is_not(
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     assert program.main(["--workdir", str(workdir), "--process", "0"]) == code
     assert capsys.readouterr().err == f"areal_jax.trainer: {error.__name__}: the reason\n"
+
+
+@pytest.mark.parametrize("error", [DiskFull, CheckpointError])
+def test_the_last_words_of_a_trainer_that_may_have_found_the_disk_full_get_the_room_kept_for_them(
+    workdir, monkeypatch, error
+):
+    def run(_):
+        raise error("the reason")
+
+    monkeypatch.setattr(loop.Training, "run", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    reserve(workdir)
+    assert program.main(["--workdir", str(workdir), "--process", "0"]) == CANNOT_GO_ON
+    assert not (workdir / "reserve").exists()

@@ -3,11 +3,13 @@
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -29,9 +31,18 @@ def start(workdir, process):
 
 
 def run(folder, processes, **trainer):
-    """Trains with real processes against the scripted controller; the exported weights and the controller."""
+    """Trains with real processes against the scripted controller; the exported weights, the controller, and the
+    addresses that the trainer listened on."""
     workdir, _ = fake.prepare(folder, processes=processes, **trainer)
+    listening, started = set(), []
+
+    def look(version):
+        connections = [each for process in started for each in psutil.Process(process.pid).net_connections()]
+        open_ones = (each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN)
+        listening.update(ip.removeprefix("::ffff:") for ip in open_ones)
+
     with fake.FakeController(workdir) as controller:
+        controller.on_batch = look
         started = [start(workdir, i) for i in range(processes)]
         try:
             codes = [process.wait(240) for process in started]
@@ -41,17 +52,20 @@ def run(folder, processes, **trainer):
                 process.wait()
     logs = "\n".join((workdir / f"trainer-{i}.log").read_text()[-3000:] for i in range(processes))
     assert codes == [0] * processes, logs
-    return load_file(workdir / "export" / "model.safetensors"), controller
+    return load_file(workdir / "export" / "model.safetensors"), controller, listening
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data_parallel", "fsdp"])
 def test_two_processes_equal_one(tmp_path, axis):
     settings = {"proximal": "recompute", "minibatches": 2, "steps": 2, "fsdp": 1}
-    alone, _ = run(tmp_path / "one", 1, **settings)
-    both, controller = run(tmp_path / "two", 2, **(settings | {axis: 2}))
+    alone, _, none = run(tmp_path / "one", 1, **settings)
+    both, controller, listening = run(tmp_path / "two", 2, **(settings | {axis: 2}))
     assert sorted(controller.versions) == [0, 1, 2]
     assert len({beat.name for beat in controller.beats}) == 2
+    assert not none and "127.0.0.1" in listening
+    gloos = socket.gethostbyname(socket.gethostname())  # it takes the address of the host's name; there is no setting
+    assert listening <= {"127.0.0.1", gloos}, "JAX's traffic knows no keys"
     for name, value in alone.items():
         assert np.abs(value - controller.versions[0][name]).max() > 0 or "bias" in name
         np.testing.assert_allclose(both[name], value, atol=2e-5, err_msg=name)

@@ -59,6 +59,7 @@ class Fault:
     quarantined: int = 0
     restarts: int | None = 1  # times that the role is started again, and no other; None: as it comes
     disk: int = 0  # bytes of a file system of the run's own; 0: it has none
+    logs_apart: bool = False  # the logs are not on it, as they must tell of the fault
     random: bool = False  # the seed matters
 
     @property
@@ -90,6 +91,7 @@ class Run(judge.Watched):
         self.fault, self.folder = fault, folder
         self.random = random.Random(f"{fault.role}/{fault.action}/{seed}")
         self.where, self.struck, self.hung = "", False, False
+        self.wrong: list[str] = []  # what a story found out
         self.fired, self.ballast = folder / "fired", self.workdir / "ballast"
         self.compile_cache = ""
 
@@ -103,6 +105,7 @@ class Run(judge.Watched):
         plan = {
             "workdir": str(self.workdir), "settings": f.settings | {"launch.compile_cache": compile_cache},
             "role": f.point and POINTS[f.point].role, "fault": spec,
+            "logs": str(self.folder / "logs") if f.logs_apart else "",
         }  # fmt: skip
         command = [sys.executable, "-m", "tools.faults.launcher", json.dumps(plan)]
         self.launcher = self.start(command, self.folder / "launcher.log")
@@ -227,6 +230,7 @@ def _has_admin() -> bool:
 def judged(run: Run, code: int | None) -> Iterator[str]:
     """What is wrong with the way the run ended, and with its accounts."""
     fault = run.fault
+    yield from run.wrong
     if not run.struck:
         yield "the fault never came about"
     if code is None:

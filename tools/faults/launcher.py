@@ -1,6 +1,7 @@
 """The launcher of a run, with one role started by `tools.faults.points`: python -m tools.faults.launcher PLAN
 
-PLAN is JSON: workdir, settings ({"section.key": value} on top of the tiny run's), role and fault (both may be empty).
+PLAN is JSON: workdir, settings ({"section.key": value} on top of the tiny run's), role and fault (both may be empty),
+logs (a folder to be used instead of the run's own; may be empty).
 """
 
 import dataclasses
@@ -57,6 +58,12 @@ def config_of(settings: dict) -> dict:
     return resolve(config)
 
 
+def put_logs_apart(link: Path, folder: Path) -> None:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(folder)
+
+
 def main(plan: dict) -> int:
     config = config_of(plan["settings"])
 
@@ -72,6 +79,8 @@ def main(plan: dict) -> int:
     session.roles_of = roles_with_fault
     try:
         session.prepare(config, plan["workdir"])
+        if plan["logs"]:
+            put_logs_apart(Path(plan["workdir"]) / "logs", Path(plan["logs"]))
     except ConfigError as error:
         print(f"areal_jax: error: {error}", file=sys.stderr)
         return 2

@@ -143,6 +143,7 @@ def from_outside() -> list[Fault]:
 def disks() -> list[Fault]:
     """A file system of the run's own that is filled to the last byte. Needs the right to mount one."""
     common: dict = {"role": "controller", "action": "disk full", "disk": 64 << 20, "restarts": 0}
+    trainers = common | {"role": "trainer", "logs_apart": True}
     return [
         Fault(**common, story=stories.full_disk(5.0), what="for a while: all wait"),
         Fault(
@@ -150,12 +151,12 @@ def disks() -> list[Fault]:
             settings={"controller.disk_limit": 5.0}, ends="cannot be written: No space left on device; tried for",
         ),
         Fault(
-            **common | {"role": "trainer"}, point="trainer, trained and not yet published", visit=TWICE,
+            **trainers, point="trainer, trained and not yet published", visit=TWICE,
             what="which goes over the disk: all wait", story=stories.room_again(5.0, r"/weights/\S+ cannot be written"),
             settings={"trainer.weights_transport": "disk"},
         ),
         Fault(
-            **common | {"role": "trainer"}, point="trainer, a checkpoint begins", visit=2,
+            **trainers, point="trainer, a checkpoint begins", visit=2,
             what="of two processes, then there is room again", story=stories.room_again(5.0, "RESOURCE_EXHAUSTED"),
             settings={"trainer.processes": 2}, ends="the checkpoint of version 4 could not be written",
         ),

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -249,7 +250,11 @@ def comes_and_goes(ending: int) -> Callable[[Run], None]:
             run.struck = run.until(lambda: busy(run, "rollout-7"))
             guest.send_signal(ending)
         finally:
-            guest.wait(60)
+            try:
+                guest.wait(60)
+            except subprocess.TimeoutExpired:
+                guest.kill()
+                run.wrong.append("the guest did not end within 60 s")
 
     return story
 
@@ -284,12 +289,15 @@ def full_disk(seconds: float | None) -> Callable[[Run], None]:
 
 def room_again(seconds: float, said: str) -> Callable[[Run], None]:
     """A trainer fills the run's disk at a point of its own, and somebody makes room `seconds` after the controller has
-    noticed it and the trainer `said` so in its log (a pattern)."""
+    noticed it and one of the trainer's processes `said` so in its log (a pattern)."""
 
     def story(run: Run) -> None:
-        log = run.workdir / "logs" / "trainer-0.log"
+        def told() -> bool:
+            logs = (run.workdir / "logs").glob("trainer-*.log")
+            return any(re.search(said, log.read_text(errors="replace")) for log in logs)
+
         run.until(run.fired.exists)
-        run.struck = run.until(lambda: noticed(run) and re.search(said, log.read_text(errors="replace")), 60.0)
+        run.struck = run.until(lambda: noticed(run) and told(), 60.0)
         make_room(run, seconds)
 
     return story
