@@ -13,7 +13,7 @@ from areal_jax.models.huggingface import export_hf, from_hf, hf_tensor_specs, lo
 from areal_jax.models.lora import merge as merge_lora
 from areal_jax.models.lora import trainable
 from areal_jax.models.model import REMAT, Model, Params, add_lora, param_shardings
-from areal_jax.models.sharding import RULES, make_mesh
+from areal_jax.models.sharding import RULES, make_mesh, on_gpu
 from areal_jax.models.transformer import Lora
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "load_hf",
     "make_mesh",
     "merge_lora",
+    "on_gpu",
     "param_shardings",
     "resize_cache",
     "to_hf",

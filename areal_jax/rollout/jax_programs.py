@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from areal_jax.models import insert_cache, resize_cache
-from areal_jax.models.sharding import on_gpu
+from areal_jax.models import insert_cache, on_gpu, resize_cache
 from areal_jax.rollout.sampling import draw, forbid, request_keys, sampling_logprobs
 from areal_jax.rollout.slots import Rows
 
