@@ -200,6 +200,10 @@ class Child:
         ended, silent = self.process.poll() is not None, self.process.stdout.closed
         self.stop("" if ended else "timeout" if silent else "stopped")
         self.process.wait()
+        for fd, name in self.reading.items():
+            if name == "ready":  # may have come since the last look, which was for another child
+                with contextlib.suppress(BlockingIOError):
+                    self.received[name] += os.read(fd, 1 << 16)
         for fd in (*self.reading, *self.writing):
             self.close_fd(fd)
         self._remove_scratch()
