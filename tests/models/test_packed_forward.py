@@ -65,7 +65,7 @@ def _assert_trees_close(got, want, tolerance=2e-5):
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("lora", [None, models.Lora(3)], ids=["plain", "lora"])
+@pytest.mark.parametrize("lora", [None, pytest.param(models.Lora(3), marks=pytest.mark.slow)], ids=["plain", "lora"])
 def test_gate_and_up_as_one_product_change_nothing(lora, monkeypatch):
     model, params = tiny.model_and_params("qwen2-tied")
     model = model.with_(lora=lora, remat="attention_mlp")

@@ -82,7 +82,7 @@ def test_gradients_do_not_depend_on_the_mesh(sizes, batch, reference_gradient):
 @pytest.mark.parametrize(
     "name, correction, lora",
     [
-        ("decoupled_ppo", "none", None),
+        pytest.param("decoupled_ppo", "none", None, marks=pytest.mark.slow),
         pytest.param("sapo", "icepop", None, marks=pytest.mark.slow),
         pytest.param("ppo_clip", "m2po", None, marks=pytest.mark.slow),
         pytest.param("decoupled_ppo", "none", models.Lora(2), marks=pytest.mark.slow),
