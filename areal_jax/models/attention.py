@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from areal_jax.models import attention_cudnn
 from areal_jax.models.config import ModelError
-from areal_jax.models.sharding import ANYWHERE, Place
+from areal_jax.models.sharding import ANYWHERE, Place, on_gpu
 
 MASKED = -1e30  # finite, so that a row without any key gives numbers and not NaN
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
@@ -61,7 +61,7 @@ def resolve(implementation: str, dtype, *, heads: int, kv_heads: int, head_dim: 
     """What `auto` means on this machine: `cudnn` where it can run, else `xla`, with a warning if there is a GPU."""
     if implementation != "auto":
         return implementation
-    if jax.default_backend() != "gpu":
+    if not on_gpu():
         return "xla"
     try:
         attention_cudnn.require(dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim)

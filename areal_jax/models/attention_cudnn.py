@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from areal_jax.models.config import ModelError
-from areal_jax.models.sharding import Place
+from areal_jax.models.sharding import Place, on_gpu
 
 FIRST_RIGHT_JAX = (0, 11, 1)  # before, the key offsets of grouped-query attention were scaled by the query heads
 FORWARD_PRIMITIVE = "dot_product_attention_fwd"  # whose outputs a remat policy saves, so that it runs once
@@ -33,7 +33,7 @@ def require(dtype, *, heads: int, kv_heads: int, head_dim: int, jax_version: tup
         raise ModelError(f"cuDNN attention needs bfloat16 or float16, not {jnp.dtype(dtype)}; set compute_dtype")
     if head_dim % 8 or head_dim > 256:
         raise ModelError(f"cuDNN attention needs a head_dim that is a multiple of 8 up to 256, not {head_dim}")
-    gpus = jax.local_devices() if jax.default_backend() == "gpu" else []
+    gpus = jax.local_devices() if on_gpu() else []
     capability = str(getattr(gpus[0], "compute_capability", "")) if gpus else ""  # "9.0"; other makers write names
     if not capability[:1].isdigit() or float(capability) < 9.0:
         raise ModelError("packed cuDNN attention needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later")

@@ -396,13 +396,3 @@ def test_a_trainer_that_dies_at_the_same_step_is_not_started_for_ever_however_lo
 
     assert supervisor.run(tick, interval=0.0).reason == "trainer ended with exit code 9, 2 times in a row"
     assert len((tmp_path / "lives").read_text()) == lives
-
-
-def test_what_was_started_again_is_on_record(tmp_path):
-    import json
-
-    crash = role("rollout-0", "raise SystemExit(3)", restarts=2, peers="rollout")
-    roles = [role("trainer", FOREVER), crash]
-    Supervisor(roles, ["trainer"], tmp_path, grace=5, tell=lambda _: None).run(interval=0.01)
-    rows = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
-    assert [(row["role"], row["how"]) for row in rows] == [("rollout-0", "ended with exit code 3")] * 2

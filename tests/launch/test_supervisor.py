@@ -323,3 +323,11 @@ def test_a_run_that_the_controller_has_ended_is_not_begun_again(tmp_path):
     controller = role("controller", "raise SystemExit(70)", restarts=3)
     outcome, _, supervisor = run(tmp_path, role("trainer", FOREVER), controller)
     assert outcome.role == "controller" and supervisor.restarts == 0
+
+
+def test_what_was_started_again_is_on_record(tmp_path):
+    crash = role("rollout-0", "raise SystemExit(3)", restarts=2, peers="rollout")
+    roles = [role("trainer", FOREVER), crash]
+    Supervisor(roles, ["trainer"], tmp_path, grace=5, tell=lambda _: None).run(interval=0.01)
+    rows = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
+    assert [(row["role"], row["how"]) for row in rows] == [("rollout-0", "ended with exit code 3")] * 2

@@ -208,6 +208,18 @@ def test_broken_tests_are_errors_not_scores(tests, text):
         grade(ADD, tests)
 
 
+def test_a_program_that_was_confined_counts_so_though_its_word_was_not_read_in_time(monkeypatch):
+    """The watch ends with the tests; on a busy machine the other child's pipe may not have been looked at by then."""
+    watch, handle, unread = sandbox._watch, sandbox.Child.handle, []
+    monkeypatch.setattr(sandbox, "_watch", lambda children, until: unread.append(children[0]) or watch(children, until))
+
+    def late(child, fd):
+        return True if child in unread and child.reading.get(fd) == "ready" else handle(child, fd)
+
+    monkeypatch.setattr(sandbox.Child, "handle", late)
+    assert grade(ADD, ["assert add(1, 2) == 3"])["reward"] == 1.0
+
+
 def test_where_there_is_no_sandbox_nothing_is_run(monkeypatch):
     monkeypatch.setattr(sandbox, "works", lambda isolation: "forbidden here")
     with pytest.raises(VerifierError, match="install bubblewrap"):
