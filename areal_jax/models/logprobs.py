@@ -97,15 +97,15 @@ def _two_passes(z, at_target):
 
 
 def _one_pass(z, at_target):
-    """The same, reading the logits once: sums of two parts are brought to the larger m of the two."""
+    """The same, reading the logits once: of two parts, the sums of the one with the smaller m are brought to the other's."""
 
     def join(a, b):
-        largest = jnp.maximum(a[0], b[0])
-        below = [x[0] - largest for x in (a, b)]
-        scale = [jnp.exp(d) for d in below]
-        total = a[1] * scale[0] + b[1] * scale[1]
-        weighted = (a[2] + below[0] * a[1]) * scale[0] + (b[2] + below[1] * b[1]) * scale[1]
-        return largest, total, weighted, a[3] + b[3]
+        swap = b[0] > a[0]
+        high, low = ([jnp.where(swap == first, x, y) for x, y in zip(a[:3], b[:3])] for first in (False, True))
+        below = low[0] - high[0]
+        scale = jnp.exp(below)
+        weighted = high[2] + (low[2] + below * low[1]) * scale
+        return high[0], high[1] + low[1] * scale, weighted, a[3] + b[3]
 
     nothing = (jnp.float32(-1e30), *[jnp.float32(0)] * 3)  # finite: two of them differ by 0
     return jax.lax.reduce((z, jnp.ones_like(z), jnp.zeros_like(z), at_target), nothing, join, (z.ndim - 1,))
