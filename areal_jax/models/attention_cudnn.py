@@ -94,5 +94,14 @@ def attention(q, k, v, segment_ids, *, window: int | None, max_segments: int, pl
         qkv_layout="BTNH",
         sliding_window_length=window,
     )
-    out = jnp.where(real, out, jnp.zeros((), out.dtype))
-    return jnp.where(fits[:, None, None, None], out, jnp.full((), jnp.nan, out.dtype))
+    clean = jnp.where(real, out, jnp.zeros((), out.dtype))
+    return _replace(out, jnp.where(fits[:, None, None, None], clean, jnp.full((), jnp.nan, out.dtype)))
+
+
+@jax.custom_vjp
+def _replace(x, value):
+    """`value`, but its gradient is that of `x`, untouched: the kernel does not read it where they differ."""
+    return value
+
+
+_replace.defvjp(lambda x, value: (value, None), lambda _, gradient: (gradient, jnp.zeros_like(gradient)))

@@ -97,7 +97,7 @@ def _two_passes(z, at_target):
 
 
 def _one_pass(z, at_target):
-    """The same, reading the logits once: of two parts, the sums of the one with the smaller m are brought to the other's."""
+    """The same, reading the logits once: of two parts, that with the smaller m has its sums brought to the other's."""
 
     def join(a, b):
         swap = b[0] > a[0]
@@ -182,13 +182,14 @@ def chunked_loss(loss, hidden_RxMxD, head_VxD, targets_RxM, arrays, temperature,
     """A sum over tokens of a function of their log-probs and entropies; its gradient costs three products, not four.
 
     Args:
-      loss: `(logprobs, entropy, arrays) -> (scalar, aux)` of one chunk, `[R, chunk]` each. The scalars are added; a
-        place where every array of `arrays` is 0 must add nothing. Closes over no traced value.
+      loss: `(logprobs, entropy, arrays) -> (scalar, aux)` of any columns of `[R, M]`: it sees all of them for its
+        value, and a chunk of them for its gradient. The sum over chunks must be the whole; a place where every array of
+        `arrays` is 0 must add nothing. Closes over no traced value.
       arrays: `(tree of [R, M] arrays, anything)`: the first is cut in chunks, the second given to every call as it is.
       hidden_RxMxD, head_VxD, targets_RxM, temperature, chunk, place: as in `chunked_logprobs`.
 
     Returns:
-      `(sum, aux)`, every array of aux with a leading axis: the chunks.
+      What `loss` returns.
     """
     return _loss_forward(loss, hidden_RxMxD, head_VxD, targets_RxM, arrays, temperature, chunk, place)[0]
 
@@ -196,21 +197,20 @@ def chunked_loss(loss, hidden_RxMxD, head_VxD, targets_RxM, arrays, temperature,
 def _loss_forward(loss, hidden, head, targets, arrays, temperature, chunk, place):
     head_ = _head(hidden, head, temperature, place)
     by_token, constant = arrays
-    gradient = jax.value_and_grad(lambda *stats, x: loss(*stats, (x, constant)), argnums=(0, 1), has_aux=True)
+    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
 
-    def one(carry, inputs):
-        total, d_head = carry
+    def one(d_head, inputs):
         h, target, x = inputs
         z = head_.logits(h)
         logprob, entropy, lse = _statistics(z, target)
-        (value, aux), d_stats = gradient(logprob, entropy, x=x)
+        d_stats, _ = gradient(logprob, entropy, (x, constant))
         d_head, d_h = head_.gradients(_logit_gradient(z, target, entropy, lse, *d_stats), h, d_head)
-        return (total + value, d_head), (d_h, aux)
+        return d_head, (logprob, entropy, d_h)
 
     inputs = jax.tree.map(lambda x: _chunks(x, chunk), (hidden, targets, by_token))
-    carry = (jnp.zeros((), jnp.float32), head_.no_gradient(hidden.shape[0]))
-    (total, d_head), (d_hidden, aux) = _scan(one, carry, inputs)
-    return (total, aux), (_unchunk(d_hidden, hidden.shape[1]), head_.sum(d_head, head.dtype))
+    d_head, outs = _scan(one, head_.no_gradient(hidden.shape[0]), inputs)
+    logprobs, entropy, d_hidden = (_unchunk(x, hidden.shape[1]) for x in outs)
+    return loss(logprobs, entropy, arrays), (d_hidden, head_.sum(d_head, head.dtype))
 
 
 def _loss_backward(loss, chunk, place, residuals, cotangents):

@@ -179,12 +179,13 @@ class Model:
 
         Args:
           params, tokens, positions, segment_ids, temperature: as in `token_logprobs`.
-          loss: `(logprobs, entropy, (by_token, constant)) -> (scalar, aux)` of any tokens; must be a sum over tokens
-            (nothing of whole sequences), add nothing where every array of `by_token` is 0, and close over no array.
+          loss: `(logprobs, entropy, (by_token, constant)) -> (scalar, aux)`, called with all tokens for its value and
+            with chunks of them for its gradient; must be a sum over tokens (nothing of whole sequences), add nothing
+            where every array of `by_token` is 0, and close over no array.
           arrays: `(by_token, constant)`: a tree of `[B, T]` arrays, and a tree given to every call as it is.
 
         Returns:
-          `(sum, aux)`; each array of aux has a leading axis, one entry per call of `loss`.
+          What `loss` returns.
         """
         (hidden, head, targets, temperature, chunk, place), scored = self._scoring(
             params, tokens, positions, segment_ids, temperature

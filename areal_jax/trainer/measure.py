@@ -37,12 +37,6 @@ def add(a: Sums, b: Sums) -> Sums:
     return {"mean": mean, "max": largest}
 
 
-def total(stacked: Sums) -> Sums:
-    """The sums of all parts, given with a leading axis of parts."""
-    mean = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked["mean"])
-    return {"mean": mean, "max": {name: jnp.max(x, axis=0) for name, x in stacked["max"].items()}}
-
-
 class Recorder:
     """Collects the sums of one micro-batch while its loss is traced."""
 

@@ -156,8 +156,7 @@ class Steps:
         def loss_fn(trained):
             current, arrays = state.merge(trained, frozen), ((micro, proximal, reference, keep), scalars)
             if self.objective.token_level:
-                loss, sums = self.model.token_loss(current, *_rows(micro), by_token, arrays, self.temperature)
-                return loss, measure.total(sums)
+                return self.model.token_loss(current, *_rows(micro), by_token, arrays, self.temperature)
             return by_token(*self._forward(current, micro), arrays)
 
         (_, added), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)

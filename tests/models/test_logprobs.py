@@ -72,7 +72,7 @@ def test_a_loss_by_chunks_equals_that_of_the_full_softmax_and_its_gradient(chunk
     (want, _), want_grad = tiny.jit(jax.value_and_grad(full, (0, 1), has_aux=True))(hidden, head)
     (got, aux), got_grad = tiny.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, head)
     np.testing.assert_allclose(got, 3 * want, rtol=1e-5)
-    assert aux["count"].shape == (-(-50 // chunk),) and aux["count"].sum() == 100
+    assert aux["count"] == 100
     for a, b in zip(got_grad, want_grad, strict=True):
         np.testing.assert_allclose(a, 3 * b, atol=6e-5)
 
