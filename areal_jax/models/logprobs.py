@@ -7,6 +7,7 @@ tokens its gradient is known while a chunk's logits are still there: `chunked_lo
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -100,15 +101,20 @@ def _one_pass(z, at_target):
     """The same, reading the logits once: of two parts, that with the smaller m has its sums brought to the other's."""
 
     def join(a, b):
-        swap = b[0] > a[0]
-        high, low = ([jnp.where(swap == first, x, y) for x, y in zip(a[:3], b[:3])] for first in (False, True))
-        below = low[0] - high[0]
+        swap, below = b[0] > a[0], -jnp.abs(a[0] - b[0])
         scale = jnp.exp(below)
-        weighted = high[2] + (low[2] + below * low[1]) * scale
-        return high[0], high[1] + low[1] * scale, weighted, a[3] + b[3]
+        total, weighted = (jnp.where(swap, y, x) for x, y in zip(a[1:3], b[1:3]))
+        low_total, low_weighted = (jnp.where(swap, x, y) for x, y in zip(a[1:3], b[1:3]))
+        weighted += (low_weighted + below * low_total) * scale
+        return jnp.maximum(a[0], b[0]), total + low_total * scale, weighted, a[3] + b[3]
 
-    nothing = (jnp.float32(-1e30), *[jnp.float32(0)] * 3)  # finite: two of them differ by 0
-    return jax.lax.reduce((z, jnp.ones_like(z), jnp.zeros_like(z), at_target), nothing, join, (z.ndim - 1,))
+    def over_last(xs):
+        nothing = (jnp.float32(-1e30), *[jnp.float32(0)] * 3)  # finite: two of them differ by 0
+        return jax.lax.reduce(tuple(xs), nothing, join, (xs[0].ndim - 1,))
+
+    parts = math.gcd(z.shape[-1], 16)  # XLA would split so long a row as well, but into parts that it has to pad
+    xs = (z, jnp.ones_like(z), jnp.zeros_like(z), at_target)
+    return over_last(over_last([x.reshape(*x.shape[:-1], parts, -1) for x in xs]))
 
 
 def _logit_gradient(z, target, entropy, lse, d_logprob, d_entropy):
