@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import threading
 import types
 
 import numpy as np
@@ -200,3 +201,20 @@ def test_a_publisher_reports_a_controller_that_does_not_answer_too(tmp_path):
             publisher.publish(0, lambda measured: [("w", np.zeros(2, np.float32))])
         publisher.close()
     assert take_silence(tmp_path, "controller").by == "trainer-publisher"
+
+
+def test_a_version_that_is_not_published_in_time_ends_the_wait_with_what_was_being_done(tmp_path):
+    go_on = threading.Event()
+
+    def tensors(measured):
+        go_on.wait(60)  # a device that does not answer
+        return iter([("w", np.zeros(2, np.float32))])
+
+    with fake.FakeController(tmp_path):
+        publisher = BackgroundPublisher(tmp_path, transport="disk", limit=0.1, patience=0.1)
+        publisher.start(7, tensors)
+        with pytest.raises(WaitedTooLong, match="publishing thread: version 7 is being written"):
+            publisher.join()
+        go_on.set()
+        publisher._thread.join(60)
+        publisher.close()
