@@ -136,7 +136,7 @@ def test_waiting_for_a_batch_is_bounded_and_names_who_is_awaited(tmp_path):
 def test_the_time_in_which_the_controllers_disk_is_full_does_not_count_against_a_batch(tmp_path):
     full = m.NotReady(waiting_for="room on the disk", disk=True)
     replies = [full, full, full, m.NotReady(waiting_for="rollout-1"), m.Batch(version=0, groups=[])]
-    with Link(tmp_path, 0, Clock()) as link, pytest.MonkeyPatch.context() as patch:
+    with fake.FakeController(tmp_path), Link(tmp_path, 0, Clock()) as link, pytest.MonkeyPatch.context() as patch:
         link.request = lambda message: replies.pop(0)
         patch.setattr("areal_jax.trainer.link.time", types.SimpleNamespace(monotonic=lambda: 400.0 * -len(replies)))
         assert link.batch(0, 500.0).version == 0
@@ -146,7 +146,7 @@ def test_the_time_in_which_the_controllers_disk_is_full_does_not_count_against_a
 
 
 def test_a_trainer_without_room_says_so_whatever_it_does(tmp_path):
-    with Link(tmp_path, 0, Clock("checkpointing")) as link:
+    with fake.FakeController(tmp_path), Link(tmp_path, 0, Clock("checkpointing")) as link:
         link.no_room["publisher"] = "weights/part cannot be written"
         assert link._beat().phase == NO_ROOM
         link.no_room["publisher"] = ""
