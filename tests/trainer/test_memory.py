@@ -53,7 +53,8 @@ def test_the_estimate_is_what_xla_plans(remat):
     assert used <= expected <= 1.45 * used
 
 
-@pytest.mark.parametrize("as_on_gpu", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("as_on_gpu", [False, True])
 def test_the_whole_gradient_is_never_on_one_device(as_on_gpu, monkeypatch):
     """Each layer's gradient is reduced to the parameter's own shard as it is made, not after all of them are there."""
     for part in (logprobs, transformer):
