@@ -253,7 +253,10 @@ def _difference(got, want):
     return max(float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("heads, kv_heads, window", [(4, 4, None), (4, 4, 9), (4, 2, None), (4, 2, 9)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, window",
+    [(4, 4, 9), (4, 2, 9), *(pytest.param(4, n, None, marks=pytest.mark.slow) for n in (4, 2))],
+)
 def test_the_tables_say_what_xla_computes_forward_and_gradient(played_kernel, heads, kv_heads, window):
     inputs = _inputs(heads, kv_heads)
     want = _both_passes(*inputs, "xla", window)
