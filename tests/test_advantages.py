@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from areal_jax import advantages
+from tests.models import tiny
 
 REWARDS = np.array([1.0, 0.0, 0.0, 2.0, 5.0, 3.0, 3.0, 3.0])
 GROUPS = np.array([0, 0, 2, 0, 3, 4, 4, 4])  # interleaved, ragged; 1 is empty; 2 and 3 singletons; 4 has no variance
@@ -88,7 +89,7 @@ def test_gae_agrees_with_a_loop_and_packed_rows_with_separate_ones():
     rng = np.random.default_rng(1)
     rewards, values = rng.normal(size=(2, 4, 33)), rng.normal(size=(2, 4, 33))
     mask, bootstrap = rng.random((2, 4, 33)) < 0.7, rng.normal(size=(2, 4))
-    gae, discounted_returns = jax.jit(advantages.gae), jax.jit(advantages.discounted_returns)
+    gae, discounted_returns = tiny.jit(advantages.gae), tiny.jit(advantages.discounted_returns)
     got = gae(rewards, values, mask, discount=0.98, lambda_=0.9, bootstrap_value=bootstrap)
     for i in np.ndindex(2, 4):
         close(got.advantages[i], naive_gae(rewards[i], values[i], mask[i], 0.98, 0.9, bootstrap[i]), 1e-4, 1e-5)
@@ -161,11 +162,11 @@ FUNCTIONS = {
 def test_jit_vmap_grad_and_bf16(name):
     function = FUNCTIONS[name]
     batch = jnp.array(np.stack([REWARDS, np.zeros(8), REWARDS[::-1] * 2]), jnp.float32)
-    once = jax.jit(function)
+    once = tiny.jit(function)
     rows = [once(row) for row in batch]
-    close(jax.jit(jax.vmap(function))(batch), np.stack(rows), 1e-5)
+    close(tiny.jit(jax.vmap(function))(batch), np.stack(rows), 1e-5)
     weights = jnp.arange(np.size(rows[0]), dtype=jnp.float32).reshape(rows[0].shape)
-    gradient = jax.jit(jax.vmap(jax.grad(lambda r: (function(r) * weights).sum())))(batch)
+    gradient = tiny.jit(jax.vmap(jax.grad(lambda r: (function(r) * weights).sum())))(batch)
     assert np.isfinite(gradient).all()
     low = once(batch[0].astype(jnp.bfloat16))
     assert low.dtype == jnp.float32

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from areal_jax import corrections
+from tests.models import tiny
 
 LOG = np.log
-m2po_mask = jax.jit(corrections.m2po_mask)
-m2po_all_tokens_mask = jax.jit(corrections.m2po_all_tokens_mask)
+m2po_mask = tiny.jit(corrections.m2po_mask)
+m2po_all_tokens_mask = tiny.jit(corrections.m2po_all_tokens_mask)
 SAMPLER = np.array([-1.0, -1.0, -1.0, -1.0])
 TRAIN = SAMPLER + LOG([0.4, 1.5, 3.0, 6.0])
 
@@ -188,7 +189,7 @@ def test_diagnostics_of_packed_rows_are_those_of_padded_ones_also_under_jit():
     packed_mask, ids = np.array([[1, 0, 1, 1, 1, 1, 1]]), np.array([[1, 1, 1, 1, 2, 2, 0]])
     for function, places in ((corrections.ratio_diagnostics, [0, 1]), (corrections.nll_balance, [0, 2])):
         expected = function(*padded[places], mask)
-        compiled = jax.jit(lambda *arrays, f=function: f(*arrays, segment_ids=ids, num_segments=2))
+        compiled = tiny.jit(lambda *arrays, f=function: f(*arrays, segment_ids=ids, num_segments=2))
         for name, pair in compiled(*packed[places], packed_mask).items():
             close(pair, expected[name], 1e-5)
 

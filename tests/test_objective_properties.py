@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from areal_jax import advantages, corrections, losses
+from tests.models import tiny
 
 PPO = ("logprobs", "old_logprobs", "advantages", "mask")
 OFF_POLICY = ("logprobs", "behavior_logprobs", "advantages", "mask")
@@ -76,7 +77,7 @@ def call(name, arrays, **extra):
     return function(*(arrays[argument] for argument in arguments), **keywords, **extra)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "num_segments"))
+@functools.partial(tiny.jit, static_argnames=("name", "num_segments"))
 def compiled(name, arrays, segment_ids, num_segments):
     packed = {} if segment_ids is None else {"segment_ids": segment_ids, "num_segments": num_segments}
 
@@ -149,13 +150,13 @@ def test_aggregate_packed_and_micro_batched_and_on_eight_devices(mode):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("data")
     sharded = [jax.device_put(array, NamedSharding(mesh, spec)) for array in (x, mask)]
-    np.testing.assert_allclose(jax.jit(lambda x, m: losses.aggregate(x, m, **keywords))(*sharded), whole, rtol=1e-6)
+    np.testing.assert_allclose(tiny.jit(lambda x, m: losses.aggregate(x, m, **keywords))(*sharded), whole, rtol=1e-6)
 
     def local(x, mask):  # eight programs that see one row each
         pair = losses.aggregate(x, mask, **keywords)
         return jax.tree.map(lambda part: jax.lax.psum(part, "data"), pair)
 
-    mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec()))(*sharded)
+    mapped = tiny.jit(jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec()))(*sharded)
     np.testing.assert_allclose(mapped.sum, whole.sum, rtol=1e-6)
     if mode != "token_sum":
         np.testing.assert_allclose(mapped.denominator, whole.denominator)
@@ -170,7 +171,7 @@ def test_gradients_do_not_depend_on_micro_batches_or_devices(name):
         values = call(name, arrays | {"logprobs": logprobs})
         return losses.aggregate(values, arrays["mask"], **counts).mean()
 
-    gradient = jax.jit(jax.grad(objective))
+    gradient = tiny.jit(jax.grad(objective))
     whole = gradient(arrays["logprobs"], arrays)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
@@ -239,7 +240,7 @@ def test_only_the_current_log_probs_have_a_gradient(name):
     arrays = {key: value for key, value in batch(4).items()}
     arguments, _, _ = ALL[name]
     others = {key: jnp.where(arrays["mask"], arrays[key], 0) for key in arguments[1:-1]}
-    gradients = jax.jit(jax.grad(lambda others: call(name, arrays | others).sum()))(others)
+    gradients = tiny.jit(jax.grad(lambda others: call(name, arrays | others).sum()))(others)
     for key, gradient in gradients.items():
         assert not np.any(gradient), key
 

@@ -13,8 +13,10 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 import uuid
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +37,7 @@ KINDS = {
     "areal_jax.trainer": "trainer", "areal_jax.launch": "launcher", "tools.faults.launcher": "launcher",
     "areal_jax.launch.guardian": "guardian",
 }  # fmt: skip
+LOOK_SECONDS = 0.5  # between two looks at who uses shared memory
 VERIFIER = "areal_jax.rewards.worker"  # in the text of a program
 
 
@@ -55,6 +58,7 @@ class Watched:
         self.limit = random.SystemRandom().randrange(most // 2, most)
         self.launcher: subprocess.Popen | None = None
         self.shared_before = shared_memory()
+        self.users: dict[str, bool] = {}  # of what came later into shared memory: whether the run was seen to use it
         temporary.mkdir(parents=True, exist_ok=True)
 
     def environment(self) -> dict[str, str]:
@@ -67,6 +71,8 @@ class Watched:
         """Start a process of the run, which is told to end should this one die; what it says is added to `log`."""
         limited = f"import os, resource as r, sys; r.setrlimit(r.RLIMIT_MSGQUEUE, ({self.limit}, {self.limit})); "
         limited += "os.execvp(sys.argv[1], sys.argv[1:])"
+        if self.launcher is None:
+            threading.Thread(target=_look_on, args=(weakref.ref(self),), name="onlooker", daemon=True).start()
         with open(log, "ab") as file:
             return subprocess.Popen(
                 [sys.executable, "-S", child.__file__, str(os.getpid()), "0", sys.executable, "-Sc", limited, *command],
@@ -78,9 +84,8 @@ class Watched:
         return [process for process in psutil.process_iter() if self._owns(process)]
 
     def _owns(self, process: psutil.Process) -> bool:
-        with contextlib.suppress(psutil.Error):
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return False
+        if not _lives(process):
+            return False
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == self.mark:
                 return True
@@ -111,6 +116,16 @@ class Watched:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def note_users(self) -> None:
+        """Look at what is new in shared memory and in use: the run's, or another program's, which may leave it behind
+        when it dies without making the run wrong."""
+        for name in shared_memory() - self.shared_before - set(self.users):
+            found = users(SHARED_MEMORY / name)
+            if any(map(self._owns, found)):
+                self.users[name] = True
+            elif found and all(map(_lives, found)):  # else it may have been the run's, and died while it was asked
+                self.users[name] = False
+
     # -- what it has left --------------------------------------------------------------------------------------------
 
     def left_behind(self, seconds: float, *, finished: bool, files: bool = True) -> list[str]:
@@ -129,7 +144,8 @@ class Watched:
                 yield f"process {process.pid} is left: {' '.join(process.cmdline())[-200:]}"
         if not lock_is_free(self.workdir):
             yield f"the lock of {self.workdir} is held"
-        if memory := sorted(name for name in shared_memory() - self.shared_before if not in_use(SHARED_MEMORY / name)):
+        new = {name for name in shared_memory() - self.shared_before if self.users.get(name, True)}
+        if memory := sorted(name for name in new if not users(SHARED_MEMORY / name)):
             yield f"in {SHARED_MEMORY} are left: {memory}"
         if not files:
             return
@@ -139,6 +155,15 @@ class Watched:
         names = ("endpoints/*", "silent/*", *(("controller", "weights/*") if finished else ()))
         if files := [str(path.relative_to(self.workdir)) for name in names for path in self.workdir.glob(name)]:
             yield f"in the run's folder are left: {files}"
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.AccessDenied:
+        return True
+    except psutil.Error:
+        return False
 
 
 def name_of(process: psutil.Process) -> str:
@@ -159,25 +184,37 @@ def shared_memory() -> set[str]:
     return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
 
 
-def in_use(path: Path) -> bool:
-    """Whether a living process of this machine has `path`, or something below it, open or mapped.
+def users(path: Path) -> list[psutil.Process]:
+    """The living processes of this machine that have `path`, or something below it, open or mapped.
 
     A semaphore is mapped under another name (glibc links it to its own when it is ready), so its inode is looked for.
     """
     with contextlib.suppress(FileNotFoundError):
         inode = str(path.stat().st_ino)
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                maps = [line.split(maxsplit=5) for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()]
-                shared = [line for line in maps if len(line) == 6 and line[5].startswith(f"{SHARED_MEMORY}/")]
-                if any(line[4] == inode or line[5].startswith(f"{path}/") for line in shared):
+        return [process for process in psutil.process_iter() if _uses(process.pid, path, inode)]
+    return []
+
+
+def _uses(pid: int, path: Path, inode: str) -> bool:
+    with contextlib.suppress(OSError):
+        maps = [line.split(maxsplit=5) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        shared = [line for line in maps if len(line) == 6 and line[5].startswith(f"{SHARED_MEMORY}/")]
+        if any(line[4] == inode or line[5].startswith(f"{path}/") for line in shared):
+            return True
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                target = os.readlink(descriptor)
+                if target == str(path) or target.startswith(f"{path}/"):
                     return True
-                for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
-                    with contextlib.suppress(OSError):
-                        target = os.readlink(descriptor)
-                        if target == str(path) or target.startswith(f"{path}/"):
-                            return True
     return False
+
+
+def _look_on(watched: weakref.ref) -> None:
+    """For as long as somebody has the run's `Watched`."""
+    while (run := watched()) is not None:
+        run.note_users()
+        del run
+        time.sleep(LOOK_SECONDS)
 
 
 def shared_bytes(processes: Sequence[psutil.Process]) -> int:

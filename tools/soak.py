@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ GROWTH = {"mb": 8.0, "shared_mb": 8.0, "fds": 8.0}
 # And the trainer's memory by so many MB for each update, for a reason that is known: TensorStore 0.1.86 keeps some
 # 37 kB for each checkpoint, of which there is one in five updates.
 TRAINER_GROWTH = 0.015
+# Whose processes are replaced after so many answers by those who keep them: where nobody is killed, one life for all.
+RENEWED = frozenset({"verifier"})
 JUDGED_UPDATES = 100  # a life with fewer in that time says nothing
 GONE_SECONDS = 150.0  # for what is left to end, when the launcher was killed
 
@@ -220,7 +222,7 @@ def result(soak: Soak, steps: int, options: argparse.Namespace) -> dict[str, Any
         wrong.append("the run did not come to its end: what it was trained on was not held against its ledger")
     samples = sum(group.samples for groups in trained.values() for group in groups)
     lags = Counter(step - group.oldest for step, groups in trained.items() for group in groups)
-    roles = growth(soak.series, soak.steps)
+    roles = growth(soak.series, soak.steps, RENEWED if soak.every is None else frozenset())
     # Of a step that was made again after going back to a checkpoint, the last time counts.
     times = {row["version"]: at for row, at in zip(_record(workdir), soak.steps, strict=False)}
     return {
@@ -247,15 +249,17 @@ def _record(workdir: Path) -> list[dict[str, Any]]:
     return judge.lines(workdir / "trained.jsonl")
 
 
-def growth(series: list[dict[str, Any]], steps: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Per role: greatest memory (MB) and descriptors; and of its longest life with the same processes the updates (at
-    the times `steps`) after the first third, and what it had at the beginning and the end of that time, each the median
-    over a quarter of it."""
+def growth(
+    series: list[dict[str, Any]], steps: Sequence[float], renewed: Set[str] = frozenset()
+) -> dict[str, dict[str, Any]]:
+    """Per role: greatest memory (MB) and descriptors; and of its longest life with the same processes (with whichever,
+    of `renewed` roles) the updates (at the times `steps`) after the first third, and what it had at the beginning and
+    the end of that time, each the median over a quarter of it."""
     found = {}
     for name in sorted({name for row in series for name in row} - {"at"}):
         rows = [(row["at"], *row[name]) for row in series if name in row]
         pids, _ = Counter(tuple(row[-1]) for row in rows).most_common(1)[0]
-        life = [row for row in rows if tuple(row[-1]) == pids]
+        life = [row for row in rows if name in renewed or tuple(row[-1]) == pids]
         late = life[len(life) // 3 :]
         quarter = max(1, len(late) // 4)
         first, last = (late[place][0] for place in (quarter // 2, -1 - quarter // 2))

@@ -15,8 +15,13 @@ from areal_jax.launch.supervisor import Role
 ROOT = str(Path(__file__).resolve().parents[2])
 
 # On CPUs, XLA takes and returns large buffers in every step. glibc would give them back to the kernel each time, and a
-# third of a training step would go to page faults; with these it keeps them.
-KEEP_BUFFERS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+# third of a training step would go to page faults; with these it keeps them, in one heap. Without the cache of each
+# thread: XLA's buffers are aligned, and the bytes cut off at both ends would stay there when the buffer is returned, so
+# that the hole is too small for the next one of the same size, and the heap grows by another (tests/launch/test_roles).
+KEEP_BUFFERS = {
+    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+}  # fmt: skip
 
 
 def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[list[Role], list[str]]:

@@ -4,6 +4,7 @@ Blocking, one call at a time; `pool.VerifierPool` runs many of these in threads.
 """
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -20,6 +21,10 @@ import msgspec
 from areal_jax.rewards.folders import make_folder, remove_folder
 from areal_jax.rewards.outcome import Failure, Outcome, VerifierError
 from areal_jax.rewards.worker import INSIDE_WORKER, LENGTH, Call, Reply
+
+log = logging.getLogger(__name__)
+
+REAP_SECONDS = 30.0  # for a process that got SIGKILL to end; only the kernel can hold it longer, at a disk, say
 
 # Linux kills a worker when the *thread* that started it ends; so all workers are started by one thread that never does.
 _starter = ThreadPoolExecutor(1, thread_name_prefix="verifier-starter")
@@ -116,7 +121,8 @@ class WorkerProcess:
         if self._process.stdout.closed:
             return
         self.kill_group()
-        self._process.wait()
+        if problem := reap(self._process, "a verifier process"):
+            log.error("%s; going on without it", problem)
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             stream.close()
         remove_folder(self._folder)
@@ -160,6 +166,15 @@ class WorkerProcess:
         code = self._process.poll()
         how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit status {code}"
         return f"the verifier process ended with {how}" + (f"; it wrote: {tail}" if tail else "")
+
+
+def reap(process: subprocess.Popen, name: str) -> str:
+    """Waits for the end of a process that got SIGKILL; "", or in words that it has not come within `REAP_SECONDS`."""
+    try:
+        process.wait(REAP_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"{name} (process {process.pid}) has not ended {REAP_SECONDS:g} s after SIGKILL: the kernel holds it"
+    return ""
 
 
 def _wait(readers: list[int], writers: list[int], deadline: float) -> None:

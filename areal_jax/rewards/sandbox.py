@@ -24,6 +24,7 @@ from typing import Any
 from areal_jax.rewards import confine
 from areal_jax.rewards.folders import make_folder, remove_folder
 from areal_jax.rewards.outcome import VerifierError
+from areal_jax.rewards.process import reap
 
 ISOLATIONS = ("bwrap", "landlock", "limits")
 _BOOT = """
@@ -95,7 +96,7 @@ class Child:
             self._folder, self._held = make_folder("sandbox")
             self.scratch = os.path.join(self._folder, "scratch")
             os.mkdir(self.scratch, 0o700)
-        self.stopped_for = ""
+        self.stopped_for, self.unreaped = "", ""
         self.started = time.monotonic()
         self.received = {"stdout": bytearray(), "stderr": bytearray(), "ready": bytearray(), "frames": bytearray()}
         init_read, init_write = os.pipe()
@@ -199,7 +200,7 @@ class Child:
                 self.process.wait(0.5)
         ended, silent = self.process.poll() is not None, self.process.stdout.closed
         self.stop("" if ended else "timeout" if silent else "stopped")
-        self.process.wait()
+        self.unreaped = reap(self.process, "a sandboxed program")
         for fd, name in self.reading.items():
             if name == "ready":  # may have come since the last look, which was for another child
                 with contextlib.suppress(BlockingIOError):
@@ -209,7 +210,10 @@ class Child:
         self._remove_scratch()
 
     def result(self) -> RunResult:
-        """What it did, once closed. Raises `VerifierError` if it was never confined: then the program did not run."""
+        """What it did, once closed. Raises `VerifierError` if it was never confined (then the program did not run), or
+        cannot be ended."""
+        if self.unreaped:
+            raise VerifierError(self.unreaped)
         stdout, stderr = (self.received[name].decode(errors="replace") for name in ("stdout", "stderr"))
         code, ready = self.process.returncode, bytes(self.received["ready"])
         if ready != b"R":

@@ -170,7 +170,7 @@ class BackgroundPublisher:
     """Publishes versions in a thread of its own, so that the next batch can be fetched and computed meanwhile.
 
     `join` must be called before the arrays behind the tensors change; it raises what went wrong. `insist` is given what
-    writes a version and calls it, until it succeeds, as `disk.insist` does.
+    writes a version and calls it, until it succeeds, as `disk.insist` does, for less than `patience` seconds.
     """
 
     def __init__(
@@ -178,6 +178,9 @@ class BackgroundPublisher:
         patience: float = 1200.0, insist: Callable[[Callable[[], m.Manifest]], m.Manifest] = lambda write: write(),
     ):  # fmt: skip
         self._limit, self._patience, self._insist = limit, patience, insist
+        # Longer than all that the thread itself waits for: a disk, and a controller that is replaced meanwhile.
+        self._join_limit = 2 * patience + 4 * limit
+        self._doing = ""
         self.publisher = Publisher(workdir, transport=transport, address=address)
         self.manifest: m.Manifest | None = None
         self.timings: dict[str, float] = {}
@@ -207,7 +210,9 @@ class BackgroundPublisher:
             return self.publisher.publish(version, tensors(measured), published_at=at, measured=measured)
 
         try:
+            self._doing = f"version {version} is being written"
             self.manifest = self._insist(write)
+            self._doing = f"the controller is being told of version {version}"
             if self._client is None:
                 self._client = SyncClient("trainer-publisher", self._workdir)
             settle(self._client, self._workdir, m.Publish(manifest=self.manifest), self._limit, self._patience)
@@ -217,9 +222,15 @@ class BackgroundPublisher:
             self._error = error
 
     def join(self) -> None:
-        """Wait until the version is published."""
+        """Wait until the version is published.
+
+        Raises:
+          WaitedTooLong: it still is not after more than everything it waits for may take.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(self._join_limit)
+            if self._thread.is_alive():
+                raise WaitedTooLong(f"waited {self._join_limit:.0f} s for the publishing thread: {self._doing}")
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None

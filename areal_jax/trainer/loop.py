@@ -31,6 +31,7 @@ from areal_jax.trainer.batch import make_batch
 from areal_jax.trainer.checkpoint import Checkpoints
 from areal_jax.trainer.config import TrainerConfig
 from areal_jax.trainer.guards import Guard
+from areal_jax.trainer.heap import Heap
 from areal_jax.trainer.learner import Learner, Pending
 from areal_jax.trainer.link import BackgroundEvaluation, BackgroundPublisher, Link, Stopped
 from areal_jax.trainer.steps import CompileCounter
@@ -81,6 +82,7 @@ class Training:
         self.saves_failed, self.save_problem = 0, ""
         self.evaluation: BackgroundEvaluation | None = None  # beside training
         self.idle_from: dict[str, float] = {}  # the clock when training began
+        self.heap = Heap()
 
     # -- the story -------------------------------------------------------------------------------------------------
 
@@ -88,18 +90,10 @@ class Training:
         """Trains until the last step, or until told to stop; whether the run is finished."""
         c = self.settings.trainer
         with contextlib.ExitStack() as self.held:
-            self.link = self.held.enter_context(
-                Link(
-                    self.workdir,
-                    self.process,
-                    self.clock,
-                    heartbeat_seconds=self.settings.controller.heartbeat_seconds,
-                    limit=self.reply_limit,
-                    patience=2 * self.settings.controller.disk_limit,
-                    told_to_stop=self._told_to_stop,
-                    agree=distributed.agree,
-                )
-            )
+            beat, patience = self.settings.controller.heartbeat_seconds, 2 * self.settings.controller.disk_limit
+            options = {"heartbeat_seconds": beat, "limit": self.reply_limit, "patience": patience}
+            options |= {"told_to_stop": self._told_to_stop, "agree": distributed.agree}
+            self.link = self.held.enter_context(Link(self.workdir, self.process, self.clock, **options))
             self.start()
             try:
                 self.begin()
@@ -199,6 +193,7 @@ class Training:
         self.note_failed_saves()
         self.flush_report()  # of the step before, while this one is computed
         jax.block_until_ready(self.learner.state.version)
+        self.heap.tidy()
         if self.trained is not None:
             self.insist(lambda: self.trained.write(message.version, message.groups))
         self.publish()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -29,9 +30,12 @@ from areal_jax.transport.messages import Manifest
 from areal_jax.weights import store
 from areal_jax.weights.store import WeightsRefused
 
+log = logging.getLogger(__name__)
+
 _CHUNK = 4 << 20  # bytes of one reply
 _WINDOW = 8  # replies on their way to one client: what bounds the server's memory
 _ASK_AGAIN = 5.0  # seconds without a reply after which the connection is made anew
+_CLOSE_SECONDS = 30.0  # for the serving thread to end; only a read that does not return can hold it longer
 _REQUEST = struct.Struct("<QI")  # offset, size
 
 
@@ -85,7 +89,10 @@ class ByteServer:
         with self._context.socket(zmq.PAIR) as stop:
             stop.connect("inproc://stop")
             stop.send(b"")
-        self._thread.join()
+        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():  # it may hold the lock; as a daemon it ends with this process
+            log.error("the thread that serves weights at %s has not ended in %g s; going on", self.url, _CLOSE_SECONDS)
+            return
         for name in list(self._files):
             self.forget(name.decode())
 

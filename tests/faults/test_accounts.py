@@ -213,25 +213,44 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_semaphore_that_nobody_will_remove_is_found_and_no_living_ones(watched):
+@pytest.fixture
+def semaphore():
+    """Starts a process with a named semaphore: (the process, the semaphore's path). It dies when told anything."""
+    made = []
+
+    def make(**options):
+        command, pipe = [sys.executable, "-c", SEMAPHORE], subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, **options)
+        made.append((process, judge.SHARED_MEMORY / process.stdout.readline().strip()))
+        return made[-1]
+
+    yield make
+    for process, path in made:
+        process.kill()
+        process.communicate()
+        path.unlink(missing_ok=True)
+
+
+def test_a_semaphore_that_nobody_will_remove_is_found_and_no_living_ones(watched, semaphore):
     """Whatever cleaners of other programs there are: they remove theirs, and no others."""
-    other = subprocess.Popen(
-        [sys.executable, "-c", SEMAPHORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    others = judge.SHARED_MEMORY / other.stdout.readline().strip()
-    process = subprocess.Popen(
-        [sys.executable, "-c", SEMAPHORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    path = judge.SHARED_MEMORY / process.stdout.readline().strip()
-    try:
-        assert path.exists() and path.name not in left(watched)  # it is mapped
+    (_, others), (process, path) = semaphore(), semaphore()
+    assert path.exists() and path.name not in left(watched)  # it is mapped
+    process.communicate("die\n")
+    assert path.name in left(watched) and others.name not in left(watched)
+
+
+def test_what_a_program_beside_the_run_leaves_is_not_the_runs(watched, semaphore, tmp_path, monkeypatch):
+    """Tests of vLLM run beside judged runs; an engine that is killed leaves a semaphore for its program to remove."""
+    monkeypatch.setattr(judge, "LOOK_SECONDS", 0.01)
+    watched.launcher = watched.start([sys.executable, "-c", "input()"], tmp_path / "log")
+    watched.launcher.wait()
+    (other, others), (ours, path) = semaphore(), semaphore(env=watched.environment())
+    deadline = time.monotonic() + 30
+    while not {others.name, path.name} <= set(watched.users):
+        assert time.monotonic() < deadline
+    for process in (other, ours):
         process.communicate("die\n")
-        assert path.name in left(watched) and others.name not in left(watched)
-    finally:
-        for each, name in ((process, path), (other, others)):
-            each.kill()
-            each.communicate()
-            name.unlink(missing_ok=True)
+    assert path.name in left(watched) and others.name not in left(watched)
 
 
 def test_files_that_are_left_are_found(watched):

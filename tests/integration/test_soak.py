@@ -133,6 +133,22 @@ def test_where_nobody_is_killed_a_role_that_could_not_be_judged_is_a_problem():
     assert problem.startswith("trainer-0 was not judged: ") and grown(series(), all_judged=True) == []
 
 
+def test_processes_that_are_replaced_by_design_are_judged_together():
+    """Each lives for a minute and takes what it takes; what all of them take must not become more and more."""
+
+    def problems(mb):
+        rows = series(lives=30, role="verifier", mb=mb)
+        steps = [float(i) for i in range(len(rows))]
+        return soak.growth_problems(soak.growth(rows, steps, soak.RENEWED), all_judged=True)
+
+    def one(t):
+        return 20.0 + min(t % 60, 5) * 10
+
+    assert problems(one) == []
+    (problem,) = problems(lambda t: one(t) + t / 60)
+    assert problem.startswith("verifier grew from ")
+
+
 def test_growth_is_one_of_the_problems_that_the_soak_ends_with(monkeypatch, tmp_path):
     """Of a run in which all else is right."""
     (tmp_path / "summary.json").write_text('{"steps": 1800}')

@@ -139,7 +139,7 @@ def test_a_cuda_program_calls_the_kernel_forward_and_backward(pretend_hopper):
     model, params = tiny.model_and_params("mistral")
     model = model.with_(compute_dtype="bfloat16", attention="cudnn", max_segments=7, layers="loop")
     batch = tiny.packed(2, 64)
-    gradient = jax.jit(jax.grad(lambda p: model.hidden(p, *batch).astype(jnp.float32).sum()))
+    gradient = tiny.jit(jax.grad(lambda p: model.hidden(p, *batch).astype(jnp.float32).sum()))
     program = gradient.trace(params).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @(__cudnn\S+?)\(.*?\) \{.*backend_config = (\".*?\"),.* : (\(.*\)) -> ", program)
     # What the backward pass needs beside the output: for each row and segment, one number per head and token.
@@ -238,7 +238,7 @@ def _inputs(heads, kv_heads, size=8, rows=4, length=40):
     return q, k, v, jnp.where((segment_ids != 0)[:, :, None, None], g, 0), segment_ids
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "window"))
+@functools.partial(tiny.jit, static_argnames=("implementation", "window"))
 def _both_passes(q, k, v, g, segment_ids, implementation, window):
     """Output and the three gradients, float32; the oracle's are set to 0 at padding, where the others must be 0."""
     run = functools.partial(
@@ -253,7 +253,10 @@ def _difference(got, want):
     return max(float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("heads, kv_heads, window", [(4, 4, None), (4, 4, 9), (4, 2, None), (4, 2, 9)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, window",
+    [(4, 4, 9), (4, 2, 9), *(pytest.param(4, n, None, marks=pytest.mark.slow) for n in (4, 2))],
+)
 def test_the_tables_say_what_xla_computes_forward_and_gradient(played_kernel, heads, kv_heads, window):
     inputs = _inputs(heads, kv_heads)
     want = _both_passes(*inputs, "xla", window)

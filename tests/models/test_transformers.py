@@ -17,7 +17,8 @@ transformers = pytest.importorskip("transformers")
 LENGTH = 520  # long enough that a wrong rotary frequency shows
 
 
-VARIANTS = ("qwen2-untied", "qwen2-window", "llama-linear")  # of families that are there already
+# Of families that are there already, or whose parts others have: for the whole suite.
+VARIANTS = ("qwen2-untied", "qwen2-window", "llama-linear", "mistral", "qwen3")
 
 
 @pytest.fixture(

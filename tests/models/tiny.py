@@ -58,11 +58,11 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def jit(f):
+def jit(f, **options):
     """`jax.jit` with half the compile time and slower code, which is what tests want."""
     import jax
 
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
 def random_params(model, seed: int = 0):

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_bench_verifiers_writes_its_rows(tmp_path):
     out = tmp_path / "rows.json"
     command = [sys.executable, "tools/bench_verifiers.py", "--count", "16", "--repeats", "2", "--processes", "1"]

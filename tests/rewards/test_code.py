@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import tempfile
 import types
 from pathlib import Path
@@ -218,6 +219,18 @@ def test_a_program_that_was_confined_counts_so_though_its_word_was_not_read_in_t
 
     monkeypatch.setattr(sandbox.Child, "handle", late)
     assert grade(ADD, ["assert add(1, 2) == 3"])["reward"] == 1.0
+
+
+def test_a_program_that_cannot_be_ended_is_named_and_not_waited_for(monkeypatch):
+    """One that the kernel holds at a disk, say; played by a SIGKILL that does nothing."""
+    started, kill = [], os.killpg
+    monkeypatch.setattr("areal_jax.rewards.process.REAP_SECONDS", 0.1)
+    monkeypatch.setattr(os, "killpg", lambda group, number: started.append(group))
+    with pytest.raises(VerifierError, match=r"sandboxed program \(process \d+\) has not ended 0.1 s after SIGKILL"):
+        sandbox.run_script("import time\ntime.sleep(999)", limits=sandbox.Limits(wall_seconds=1.0))
+    program = psutil.Process(started[-1])
+    kill(program.pid, signal.SIGKILL)
+    program.wait(10)
 
 
 def test_where_there_is_no_sandbox_nothing_is_run(monkeypatch):

@@ -127,8 +127,8 @@ def test_extraction_is_linear_in_hostile_text():
 @pytest.mark.parametrize("completion", ENDLESS, ids=range(len(ENDLESS)))
 def test_a_comparison_that_never_ends_is_interrupted_and_named(completion):
     with pytest.raises(VerifierTimeout, match="killed"):
-        verify_math(completion, "7", timeout=0.6)
-    assert verify_math(completion, "7", timeout=0.6, on_timeout="zero") == 0.0
+        verify_math(completion, "7", timeout=0.2)
+    assert verify_math(completion, "7", timeout=0.2, on_timeout="zero") == 0.0
     assert verify_math(r"\boxed{\frac12}", "0.5") == 1.0  # the helper was replaced
 
 

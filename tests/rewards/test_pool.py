@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from areal_jax.rewards import Failure, Score, VerifierError, VerifierPool, folders
+from areal_jax.rewards import Failure, Score, VerifierError, VerifierPool, folders, process
 from areal_jax.rewards.loading import load_verifier
 
 HERE = "tests.rewards.verifiers"
@@ -90,6 +90,18 @@ def test_an_overrunning_verifier_is_killed_with_its_children_and_replaced(tmp_pa
     assert late.kind == "timeout" and "1.5 s" in late.text
     assert after.reward == 1.0 and counts["started"] == 2
     assert not any(alive(int(pid)) for pid in pid_file.read_text().split())
+
+
+def test_a_verifier_process_that_cannot_be_ended_is_named_and_not_waited_for(monkeypatch, caplog):
+    """One that the kernel holds at a disk, say; played by a SIGKILL that does nothing."""
+    worker = process.WorkerProcess()
+    monkeypatch.setattr(process, "REAP_SECONDS", 0.1)
+    monkeypatch.setattr(os, "killpg", lambda group, number: None)
+    worker.call(f"{HERE}.agree", RECORD, timeout=20.0)  # imports
+    assert worker.call(f"{HERE}.naps", {"seconds": 999}, timeout=0.1).kind == "timeout"
+    assert f"a verifier process (process {worker.pid}) has not ended 0.1 s after SIGKILL" in caplog.text
+    worker._process.kill()
+    worker._process.wait(10)
 
 
 def test_a_loop_inside_one_c_call_is_interrupted():

@@ -70,6 +70,7 @@ def test_order_and_dispatch_length_change_nothing_bit_for_bit(reference):
     same(shuffled, [done[i] for i in order])
 
 
+@pytest.mark.slow
 def test_slots_and_length_of_the_cache_change_no_token(reference):
     wanted, done, _ = reference
     same(generate(make_engine(slots=7, max_length=64), wanted)[0], done, bitwise=False)

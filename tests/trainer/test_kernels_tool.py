@@ -11,6 +11,7 @@ import pytest
 TOOL = Path(__file__).parents[2] / "tools" / "bench_kernels.py"
 
 
+@pytest.mark.slow
 def test_both_parts_are_checked_against_their_oracles(tmp_path):
     path = tmp_path / "kernels.json"
     options = ["--tokens=512", "--row-length=256", "--max-segments=8", "--logits=32768", "--repeats=1"]

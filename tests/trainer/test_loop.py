@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import threading
 import types
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_waiting_for_a_batch_is_bounded_and_names_who_is_awaited(tmp_path):
 def test_the_time_in_which_the_controllers_disk_is_full_does_not_count_against_a_batch(tmp_path):
     full = m.NotReady(waiting_for="room on the disk", disk=True)
     replies = [full, full, full, m.NotReady(waiting_for="rollout-1"), m.Batch(version=0, groups=[])]
-    with Link(tmp_path, 0, Clock()) as link, pytest.MonkeyPatch.context() as patch:
+    with fake.FakeController(tmp_path), Link(tmp_path, 0, Clock()) as link, pytest.MonkeyPatch.context() as patch:
         link.request = lambda message: replies.pop(0)
         patch.setattr("areal_jax.trainer.link.time", types.SimpleNamespace(monotonic=lambda: 400.0 * -len(replies)))
         assert link.batch(0, 500.0).version == 0
@@ -145,7 +146,7 @@ def test_the_time_in_which_the_controllers_disk_is_full_does_not_count_against_a
 
 
 def test_a_trainer_without_room_says_so_whatever_it_does(tmp_path):
-    with Link(tmp_path, 0, Clock("checkpointing")) as link:
+    with fake.FakeController(tmp_path), Link(tmp_path, 0, Clock("checkpointing")) as link:
         link.no_room["publisher"] = "weights/part cannot be written"
         assert link._beat().phase == NO_ROOM
         link.no_room["publisher"] = ""
@@ -200,3 +201,20 @@ def test_a_publisher_reports_a_controller_that_does_not_answer_too(tmp_path):
             publisher.publish(0, lambda measured: [("w", np.zeros(2, np.float32))])
         publisher.close()
     assert take_silence(tmp_path, "controller").by == "trainer-publisher"
+
+
+def test_a_version_that_is_not_published_in_time_ends_the_wait_with_what_was_being_done(tmp_path):
+    go_on = threading.Event()
+
+    def tensors(measured):
+        go_on.wait(60)  # a device that does not answer
+        return iter([("w", np.zeros(2, np.float32))])
+
+    with fake.FakeController(tmp_path):
+        publisher = BackgroundPublisher(tmp_path, transport="disk", limit=0.1, patience=0.1)
+        publisher.start(7, tensors)
+        with pytest.raises(WaitedTooLong, match="publishing thread: version 7 is being written"):
+            publisher.join()
+        go_on.set()
+        publisher._thread.join(60)
+        publisher.close()

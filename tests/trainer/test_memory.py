@@ -40,10 +40,8 @@ def planned(config: ModelConfig, trainer: TrainerConfig, devices: int):
     return lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
 
 
-OTHERS = ("full", "attention_qkv", "attention_mlp", "none")
-
-
-@pytest.mark.parametrize("remat", ["attention", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["attention", "full", "attention_qkv", "attention_mlp", "none"])
 def test_the_estimate_is_what_xla_plans(remat):
     trainer = TrainerConfig(row_length=512, rows=4, remat=remat, attention="xla", fsdp=1)
     estimate = memory.trainer(SMALL, trainer, 1)
@@ -53,7 +51,8 @@ def test_the_estimate_is_what_xla_plans(remat):
     assert used <= expected <= 1.45 * used
 
 
-@pytest.mark.parametrize("as_on_gpu", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("as_on_gpu", [False, True])
 def test_the_whole_gradient_is_never_on_one_device(as_on_gpu, monkeypatch):
     """Each layer's gradient is reduced to the parameter's own shard as it is made, not after all of them are there."""
     for part in (logprobs, transformer):

@@ -8,6 +8,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 
 import msgspec
 import numpy as np
@@ -109,6 +110,27 @@ def test_a_lost_connection_is_made_again(hosts, monkeypatch):
         open_there(publisher.publish(1, tensors().items()), hosts) as version,
     ):
         np.testing.assert_array_equal(version["t7"], tensors()["t7"])
+
+
+def test_a_serving_thread_that_hangs_does_not_hold_up_the_end(hosts, monkeypatch, caplog):
+    asked, go_on = threading.Event(), threading.Event()
+
+    def hang(self, parts):
+        asked.set()
+        go_on.wait(60)  # a disk that does not answer
+
+    monkeypatch.setattr(tcp.ByteServer, "_answer", hang)
+    monkeypatch.setattr(tcp, "_CLOSE_SECONDS", 0.1)
+    server = tcp.ByteServer("tcp://127.0.0.1:*")
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.connect(server.url)
+        sock.send(b"")
+        assert asked.wait(60)
+        server.close()
+    assert f"the thread that serves weights at {server.url} has not ended" in caplog.text
+    go_on.set()
+    server._thread.join(60)
 
 
 def test_bytes_that_change_on_the_way_are_refused_and_pulled_anew(hosts, monkeypatch):
