@@ -58,9 +58,13 @@ class Evaluation:
             self.queued.append(slot)
 
     def result(self) -> EvaluationResult:
-        """Accuracy is the mean of the metric `accuracy`, or where there is none the share of positive rewards."""
+        """Accuracy is the mean of the metric `accuracy`, or where there is none the share of positive rewards; None if
+        every sample failed, which says nothing of the model."""
         last = [trajectories[-1] for trajectories in self.done.values()]
-        n = max(1, len(last))
+        if not last:
+            failed = self.failed.total()
+            return EvaluationResult(version=self.version, accuracy=None, samples=0, failed=failed)
+        n = len(last)
         right = [t.metrics.get("accuracy", float(t.reward > 0)) for t in last]
         metrics = {
             "reward": sum(t.reward for t in last) / n,

@@ -52,7 +52,7 @@ class Telemetry:
         self._before = self._window  # the windows of controllers that were killed, added up
         self._last: Counter[str] = Counter()  # counters at the last batch
         self._last_at = now
-        self._tokens_at_last = 0.0
+        self._received_at_last = 0
 
     def note(self, text: str, now: float) -> None:
         """Something for people to read."""
@@ -151,13 +151,14 @@ class Telemetry:
             "rollout/failed_total": float(core.failed.total()),
             "rollout/quarantined_total": float(core.counters["quarantined"]),
             "data/epoch": float(core.ledger.epoch + core.ledger.cursor / max(1, core.ledger.size)),
-            "perf/gen_tokens_per_s": (self._tokens() - self._tokens_at_last) / seconds,
+            # Of the samples that came: workers count their tokens once per heartbeat, and a step may be shorter.
+            "perf/gen_tokens_per_s": (self.received_tokens - self._received_at_last) / seconds,
         }
         report |= {f"staleness/hist_{lag}": float((lags == lag).sum()) for lag in range(int(lags.max()) + 1)}
         for worker in core.fleet:  # of each part the slowest worker's, in its last update
             for part, took in worker.timings.items():
                 report[f"update/{part}"] = max(took, report.get(f"update/{part}", 0.0))
-        self._last, self._last_at, self._tokens_at_last = now_counts, now, self._tokens()
+        self._last, self._last_at, self._received_at_last = now_counts, now, self.received_tokens
         return report
 
     def save(self) -> dict[str, dict[str, float]]:
@@ -176,7 +177,7 @@ class Telemetry:
         self.received_samples = int(saved["received"]["samples"])
         self.received_tokens = int(saved["received"]["tokens"])
         self._before = {**saved["window"], "clock": saved["clock"]}
-        self._tokens_at_last = self._tokens()
+        self._received_at_last = self.received_tokens
 
     def _whole_window(self) -> dict[str, Any]:
         """Seconds, tokens and rollout clock from the first batch taken to the last version published."""

@@ -129,8 +129,11 @@ def _check_lengths(rollout: dict, trainer: dict, controller: dict) -> None:
         raise ConfigError("controller.group_size=1 makes every group-relative advantage 0; use 2 or more")
     if controller["group_size"] == 1 and controller["dynamic_filter"]:
         raise ConfigError("controller.dynamic_filter leaves out every group of one sample; use group_size 2 or more")
-    if trainer["minibatches"] > controller["batch_size"] * controller["group_size"]:
-        raise ConfigError(f"trainer.minibatches={trainer['minibatches']} is more than there are samples in a batch")
+    if trainer["minibatches"] > controller["batch_size"]:
+        raise ConfigError(
+            f"trainer.minibatches={trainer['minibatches']} is more than the controller.batch_size="
+            f"{controller['batch_size']} groups of a batch, which stay whole"
+        )
     if trainer["checkpoint_every"] > trainer["steps"]:
         raise ConfigError("trainer.checkpoint_every is greater than trainer.steps; use 0 for the end only")
 

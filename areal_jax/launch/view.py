@@ -129,7 +129,9 @@ def activity(state: Snapshot) -> str:
     """What every process does now, in one line."""
     if not state.members:
         return "starting"
-    return ", ".join(f"{m.name} {words(m.phase)}" for m in state.members)
+    return ", ".join(f"{m.name} {words(m.phase)}" for m in state.members) + (
+        f"; the next batch waits for {state.waiting_for}" if state.waiting_for else ""
+    )
 
 
 def words(phase: str) -> str:
@@ -204,6 +206,8 @@ def screen(state: Snapshot, title: str, seconds: float, events: list[str]):
     queue = {"groups running": state.running, "ready to train": state.queue}
     known = [f"{value:.0f} {name}" for name, value in queue.items() if value is not None]
     facts.add_row("queue", ", ".join(known) or "–")
+    if state.waiting_for:
+        facts.add_row("next batch", Text(f"waits for {state.waiting_for}"))
     worst = "–" if state.max_staleness is None else f"at most {state.max_staleness:.0f}"
     facts.add_row("staleness", f"{worst}, bound {state.bound}, dropped {state.dropped:.0f}")
     total = sum(state.staleness)

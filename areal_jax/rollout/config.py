@@ -10,10 +10,10 @@ class RolloutConfig:
     slots: int = 64  # sequences generated at once per worker
     max_length: int = 256  # prompt and new tokens together
     max_new_tokens: int = 128
-    min_new_tokens: int = 0
+    min_new_tokens: int = 0  # as top_p
     temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
+    top_p: float = 1.0  # below 1 the trainer's log-probs stay those of all tokens; importance weights hold the difference
+    top_k: int = 0  # 0: all; else as top_p
     eval_temperature: float = 0.0
     kv_policy: str = "recompute"  # on new weights: "recompute" caches (the paper) or "keep" them
     interruptible: bool = True  # False: finish running sequences before loading new weights
@@ -26,3 +26,8 @@ class RolloutConfig:
     dtype: str = "float32"  # compute and cache dtype of the engine
     engine_args: dict = dataclasses.field(default_factory=dict)  # passed through to vLLM by name
     weights_timeout: float = 120.0  # seconds to wait for a version's bytes
+
+    @property
+    def restricted(self) -> bool:
+        """Whether only a part of the distribution is sampled from."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_new_tokens > 0

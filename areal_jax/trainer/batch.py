@@ -98,10 +98,11 @@ def describe(trajectories: Sequence[Trajectory], group_ids: np.ndarray, lag: np.
 
 
 def split(batch: TrainBatch, minibatches: int, seed: int) -> list[list[Sample]]:
-    """Splits whole groups into minibatches of nearly equal numbers of groups, shuffled by (seed, version) alone."""
+    """Splits whole groups into minibatches of nearly equal numbers of groups, shuffled by (seed, version) alone; fewer
+    than `minibatches` where there are fewer groups, as in an epoch's last batch: an update needs a gradient."""
     if minibatches == 1:
         return [batch.samples]
     groups = np.unique(batch.group_ids)
     order = np.random.default_rng((seed, batch.version)).permutation(groups)
-    parts = [set(part.tolist()) for part in np.array_split(order, minibatches)]
+    parts = [set(part.tolist()) for part in np.array_split(order, max(1, min(minibatches, len(groups))))]
     return [[s for s, g in zip(batch.samples, batch.group_ids, strict=True) if int(g) in part] for part in parts]

@@ -122,10 +122,13 @@ class Learner:
         )
         self.gradients = self.steps.zero_gradients(self.state.params)
         self.version = int(self.state.version)
-        self._keep = jax.jit(objective.keep_over_batch)
+        self._keep: dict[int, Any] = {}  # the correction over a whole minibatch, compiled, by its micro-batches
 
-    def warm_up(self) -> None:
-        """Compiles everything a step needs, on a batch of padding, without changing the state."""
+    def warm_up(self, samples: int = 0) -> None:
+        """Compiles everything a step with so many samples needs, on a batch of padding, without changing the state."""
+        if self.objective.whole_batch:
+            for doublings in range(_doublings(-(-samples // _rows(self.config))) + 1):
+                self._keep_of(1 << doublings)
         empty = TrainBatch(self.version, [], np.zeros(0, np.int32), {})
         self._run(empty, [self._pack([])] * self.config.minibatches, lambda: None, apply=False)
         measure.finish(jax.tree.map(np.ones_like, self.objective.zero_sums()))
@@ -178,16 +181,28 @@ class Learner:
 
     def _keep_tokens(self, packed: Packed, proximal: list[jax.Array]) -> list[jax.Array]:
         """What a correction over the whole minibatch keeps; on arrays padded to a few sizes, so as to compile few."""
-        rows = packed.arrays["mask"].shape[1:]
-        size = 1 << (len(packed) - 1).bit_length()  # micro-batches, the next power of two
+        rows, size = packed.arrays["mask"].shape[1:], 1 << _doublings(len(packed))
 
         def padded(values):
             return np.concatenate([values, np.zeros((size - len(packed), *rows), values.dtype)])
 
         arrays = {name: padded(packed.arrays[name]) for name in ("behavior_logprobs", "advantages", "mask")}
         arrays["logprobs"] = padded(np.stack([_to_host(x) for x in proximal]))
-        kept = np.asarray(self._keep(arrays))
+        kept = np.asarray(self._keep_of(size)(arrays))
         return [self.steps.put_rows(kept[i]) for i in range(len(packed))]
+
+    def _keep_of(self, micro_batches: int) -> Callable[[Tree], jax.Array]:
+        if micro_batches not in self._keep:
+            shape = (micro_batches, _rows(self.config), self.config.row_length)
+            floats, bools = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.float32, np.bool_))
+            arrays = {"behavior_logprobs": floats, "advantages": floats, "logprobs": floats, "mask": bools}
+            self._keep[micro_batches] = jax.jit(self.objective.keep_over_batch).lower(arrays).compile()
+        return self._keep[micro_batches]
+
+
+def _doublings(count: int) -> int:
+    """To reach `count`, from one."""
+    return max(0, count - 1).bit_length()
 
 
 def _to_host(x: jax.Array) -> np.ndarray:

@@ -173,7 +173,7 @@ class Training:
             self.link.request(m.Evaluate(version=version))
         with self.clock.phase("compiling"):
             self.estimator([], [])
-            self.learner.warm_up()
+            self.learner.warm_up(self.settings.controller.batch_size * self.settings.controller.group_size)
         if evaluate:
             self.memory["accuracy_before"] = self.evaluate(version)
         distributed.agree(True, False)  # compiled now, not in the first step
@@ -277,7 +277,8 @@ class Training:
         self.memory["max_staleness"] = max(self.memory.get("max_staleness", 0), int(staleness))
         if (mismatch := report.get("mismatch/logprob_abs_diff_mean")) is not None:
             self.memory["worst_mismatch"] = max(mismatch, self.memory.get("worst_mismatch") or 0.0)
-        if warning := measure.diagnose(report, compute_dtype=self.settings.trainer.compute_dtype):
+        dtype, restricted = self.settings.trainer.compute_dtype, self.settings.rollout.restricted
+        if warning := measure.diagnose(report, compute_dtype=dtype, restricted=restricted):
             report["warning"] = warning
             log.warning("version %d: %s", pending.version, warning)
         elif self.save_problem:
@@ -333,7 +334,7 @@ class Training:
             "perf/compilations": self.compiles.count,
         }
 
-    def evaluate(self, version: int) -> float:
+    def evaluate(self, version: int) -> float | None:
         """Accuracy on the evaluation set under exactly this version; all processes wait for it."""
         return self._record(
             self.link.wait(m.Evaluate(version=version), self.settings.trainer.batch_timeout, "evaluation")
@@ -358,11 +359,12 @@ class Training:
             self.evaluation = BackgroundEvaluation(self.workdir, published, limit, self.reply_limit)
             self.held.callback(self.evaluation.close)
 
-    def _record(self, result: m.EvaluationResult) -> float:
-        found = {"eval/accuracy": result.accuracy, "eval/samples": result.samples, "eval/failed": result.failed}
+    def _record(self, result: m.EvaluationResult) -> float | None:
+        found = {"eval/samples": result.samples, "eval/failed": result.failed}
+        found |= {} if result.accuracy is None else {"eval/accuracy": result.accuracy}
         if self.first:
             self.writer.write(result.version, found | {f"eval/{name}": x for name, x in result.metrics.items()})
-        log.info("version %d: accuracy %.3f over %d samples", result.version, result.accuracy, result.samples)
+        log.info("version %d: accuracy %s, %d samples", result.version, result.accuracy, result.samples)
         return result.accuracy
 
     def save(self, *, wait: bool = False) -> None:

@@ -122,10 +122,14 @@ def summarize(pairs: dict[str, Weighted]) -> dict[str, float]:
         return {name: float(value) for name, value in corrections.summarize(pairs).items()}
 
 
-def diagnose(report: dict[str, float], *, compute_dtype: str, limit: float | None = None) -> str:
+def diagnose(
+    report: dict[str, float], *, compute_dtype: str, limit: float | None = None, restricted: bool = False
+) -> str:
     """A warning that names the likely cause when engine and trainer disagree at lag 0; empty when they agree.
 
-    The default limit on the mean |Δ log-prob| is 1e-3 in float32 and 0.05 in bfloat16.
+    The default limit on the mean |Δ log-prob| is 1e-3 in float32 and 0.05 in bfloat16. `restricted`: the engine was
+    told to sample from a part of the distribution, renormalised; the trainer's is the whole one. That difference has
+    a direction, is in the importance weights, and is no fault.
     """
     mean = report.get("mismatch/logprob_abs_diff_mean")
     if limit is None:
@@ -148,6 +152,8 @@ def diagnose(report: dict[str, float], *, compute_dtype: str, limit: float | Non
         cause = "a few tokens carry it: a wrong version stamp, or caches that outlived their weights, at an update"
     elif not tilt:
         cause = "it has no direction: rounding, as from a lower precision (of the engine, its head, or compute_dtype)"
+    elif restricted:
+        return ""
     else:
         cause = (
             "it has a direction: a sampling transformation (temperature, top-p, top-k) on one side only, as when the "

@@ -223,7 +223,7 @@ class Evaluate(Message, tag="evaluate"):
 
 class EvaluationResult(Message, tag="evaluation_result"):
     version: int
-    accuracy: float
+    accuracy: float | None  # None: every sample failed
     samples: int
     failed: int
     metrics: dict[str, float] = {}

@@ -1,8 +1,11 @@
 """An evaluation takes half of the slots of a quarter of the workers: generation and training go on meanwhile."""
 
-from areal_jax.controller.config import ControllerConfig
+import pytest
 
-from .simulation import World
+from areal_jax.controller.config import ControllerConfig
+from areal_jax.controller.report import Telemetry
+
+from .simulation import World, trajectory
 
 
 def make(names: str, prompts: int = 50, epochs: int = 0):
@@ -54,3 +57,30 @@ def test_where_nothing_is_left_to_train_on_all_workers_evaluate():
         finish_training(world, a)
         finish_training(world, b)
     assert kinds(a) == (0, 10) and kinds(b) == (0, 10)
+
+
+def test_an_evaluation_of_which_every_sample_failed_has_no_accuracy():
+    """Zero would be said of the model; it is the verifier that failed."""
+    world = World(ControllerConfig(batch_size=2, group_size=2, max_staleness=0), 20, evals=2)
+    worker = world.join("a", slots=12)
+    world.publish(0)
+    world.load(worker)
+    world.core.evaluate(0, 0.0)
+    world.deliver()
+    while failing := [slot for slot in worker.work if slot[0] < 0]:
+        world.fail(worker, failing[0])
+    result = world.core.evaluate(0, 0.0)
+    assert (result.accuracy, result.samples, result.failed) == (None, 0, 2)
+
+
+def test_the_rate_of_a_step_is_of_the_samples_that_came_and_not_of_the_last_heartbeat():
+    telemetry, core = Telemetry(0.0), World(ControllerConfig(batch_size=2, group_size=2), 20).core
+    telemetry.generated["tokens_generated"] = 0.0  # as said by a worker before it began
+
+    def rate(now):
+        return telemetry.batch(core, 0, [], 0, now)["perf/gen_tokens_per_s"]
+
+    for seconds in (1.0, 1.25):
+        telemetry.sample([trajectory([0] * 50)])
+        assert rate(seconds) == pytest.approx({1.0: 50, 1.25: 200}[seconds])
+    assert rate(2.0) == 0.0

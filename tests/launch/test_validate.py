@@ -103,6 +103,12 @@ def test_fused_proximal_needs_one_minibatch(config):
         validate.validate(config)
 
 
+def test_more_minibatches_than_groups_are_refused(config):
+    config.trainer.proximal, config.trainer.minibatches = "recompute", config.controller.batch_size + 1
+    with pytest.raises(ConfigError, match="groups of a batch, which stay whole"):
+        validate.validate(config)
+
+
 def test_a_malformed_line_is_named_unless_it_may_be_skipped(config, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "1+1?", "answer": "2"}\n{"prompt": "1+\n')

@@ -18,7 +18,7 @@ ROWS = [
     for i in range(10)
 ]  # fmt: skip
 STATUS = {
-    "queue_depth": 4, "running_groups": 11,
+    "queue_depth": 4, "running_groups": 11, "waiting_for": "rollout-0 (2 samples)",
     "roles": {
         "trainer": {"role": "trainer", "phase": "waiting:batch", "clock": {}, "gauges": {}, "heard": 9.0},
         "rollout-0": {"role": "rollout", "phase": "generating", "heard": 0.3, "version": 4, "running": 12, "slots": 64,
@@ -47,10 +47,11 @@ def test_lines_and_screen_show_the_numbers():
     state = snapshots.snapshot(ROWS, STATUS, CONFIG)
     line = step_line(state)
     assert "step  10/100" in line and "accuracy  90.0%" in line and "generated 9,000 tokens/s" in line
-    assert activity(state) == "rollout-0 generating, trainer waits for batch"
+    waits = "waits for rollout-0 (2 samples)"
+    assert activity(state) == f"rollout-0 generating, trainer waits for batch; the next batch {waits}"
     text = io.StringIO()
     Console(file=text, width=120).print(screen(state, "quick start", 61.0, ["10:00:00 rollout-0 died"]))
-    shown = ("10 of 100", "1:01", "25.0%", "9,000 tokens/s", "waits for batch", "bound 4", "rollout-0 died", "50.0%")
+    shown = ("10 of 100", "1:01", "25.0%", "9,000 tokens/s", "waits for batch", "bound 4", "rollout-0 died", waits)
     for expected in shown:
         assert expected in text.getvalue(), expected
 

@@ -121,6 +121,19 @@ def test_log_probs_are_of_the_tempered_distribution():
         np.testing.assert_allclose(completion.logprobs, rescore(request, completion), atol=1e-4)
 
 
+def test_log_probs_are_of_the_part_of_the_distribution_that_top_k_and_top_p_leave():
+    restricted = {"temperature": 0.7, "top_k": 4, "top_p": 0.8}
+    wanted = [*requests(4, **restricted), *requests(4, seed=9)]  # in the company of others
+    done, _ = generate(make_engine(), wanted)
+    for request, completion in zip(wanted[:4], done):
+        logits, n = full_logits(request, completion)
+        each = (np.full(len(logits), x, t) for x, t in zip(restricted.values(), (np.float32, np.int32, np.float32)))
+        logprobs = np.asarray(tiny.jit(sampling_logprobs)(logits, *each))
+        before = np.arange(len(request.tokens) - 1, n - 1)
+        np.testing.assert_allclose(completion.logprobs, logprobs[before, completion.tokens], atol=1e-4)
+        assert (np.isfinite(logprobs[before]).sum(axis=1) <= 4).all()
+
+
 def test_each_token_is_the_one_that_its_key_and_absolute_position_draw(reference):
     """By a full forward and the pure functions, without cache, slots or schedule."""
     for request, completion in list(zip(*reference[:2]))[:4]:

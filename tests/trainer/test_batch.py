@@ -71,6 +71,12 @@ def test_minibatches_keep_groups_whole_and_depend_on_seed_and_version_alone():
     assert [{s.advantages for s in p} for p in later] != groups
 
 
+def test_where_there_are_fewer_groups_than_minibatches_none_is_empty():
+    """An update without a gradient would still move the parameters, by its moments."""
+    made = batch.make_batch(toy.make_groups(np.random.default_rng(0), groups=2), 0, estimator(groups=2, samples=8))
+    assert sorted(map(len, batch.split(made, 4, seed=1))) == [4, 4]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -125,6 +131,12 @@ def report_of(mean, worst, kl):
 def test_a_mismatch_is_reported_with_its_likely_cause(found, cause):
     warning = measure.diagnose(found, compute_dtype="float32")
     assert (cause in warning) if cause else warning == ""
+
+
+def test_where_the_engine_is_told_to_sample_from_a_part_a_direction_is_no_fault():
+    tilted, rounded = report_of(0.02, 0.1, 0.015), report_of(0.02, 0.1, 0.0001)
+    assert measure.diagnose(tilted, compute_dtype="float32", restricted=True) == ""
+    assert "lower precision" in measure.diagnose(rounded, compute_dtype="float32", restricted=True)
 
 
 def disagreement(cause, tokens=4000, vocabulary=64):

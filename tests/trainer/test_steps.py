@@ -241,9 +241,12 @@ def test_recomputed_proximal_log_probs_equal_the_fused_ones():
     np.testing.assert_allclose(made["recompute"][1], made["fused"][1], atol=1e-6)
 
 
-def test_nothing_recompiles_over_batches_of_every_shape(packed_learner):
-    the_learner = toy.renew(packed_learner)
-    the_learner.warm_up()
+@pytest.mark.parametrize("correction", ["", pytest.param("m2po", marks=pytest.mark.slow)])
+def test_nothing_recompiles_over_batches_of_every_shape(packed_learner, correction):
+    """Nor for a correction that looks at all tokens of a minibatch, of which there are more or fewer."""
+    one = {"objective": "ppo_clip", "proximal": "recompute", "correction": correction, "rows": 1}
+    the_learner = toy.make_learner(toy.settings(**one)) if correction else toy.renew(packed_learner)
+    the_learner.warm_up(samples=32)
     estimator = toy.AdvantageEstimator("group_relative", {}, 8, 32, 64)
     toy.random_batch(0, groups=8, samples=4, estimator=estimator)
     counter = steps.CompileCounter()
