@@ -12,7 +12,7 @@ class RolloutConfig:
     max_new_tokens: int = 128
     min_new_tokens: int = 0  # as top_p
     temperature: float = 1.0
-    top_p: float = 1.0  # below 1 the trainer's log-probs stay those of all tokens; importance weights hold the difference
+    top_p: float = 1.0  # below 1 the trainer's log-probs are still of all tokens; importance weights make up for it
     top_k: int = 0  # 0: all; else as top_p
     eval_temperature: float = 0.0
     kv_policy: str = "recompute"  # on new weights: "recompute" caches (the paper) or "keep" them
