@@ -36,12 +36,14 @@ def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def accepted(
-    function: Callable[..., Any], parameters: Sequence[inspect.Parameter], fields: Mapping[str, Any]
+    function: Callable[..., Any], fields: Mapping[str, Any], parameters: Sequence[inspect.Parameter] | None = None
 ) -> dict[str, Any]:
     """The part of `fields` that `function` takes by keyword; all of it if the function takes `**kwargs`.
 
-    `parameters` are its `parameters_of`. Raises `VerifierError` naming a required one that `fields` lacks.
+    `parameters` are its `parameters_of`, where the caller has them. Raises `VerifierError` naming a required one that
+    `fields` lacks.
     """
+    parameters = parameters_of(function) if parameters is None else parameters
     missing = [p.name for p in parameters if p.kind in _NAMED and p.default is p.empty and p.name not in fields]
     if missing:
         name = getattr(function, "__name__", function)

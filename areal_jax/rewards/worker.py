@@ -68,7 +68,7 @@ def run_call(call: Call, loop: asyncio.AbstractEventLoop, started: Callable[[], 
     begin = time.monotonic()
     try:
         function, parameters = _loaded(call.path)
-        fields = accepted(function, parameters, call.fields)
+        fields = accepted(function, call.fields, parameters)
         if started is not None:
             getattr(function, "warm_up", lambda: None)()  # its slow imports do not count against its time limit
             started()
