@@ -29,8 +29,8 @@ def get_config():
     c.rollout.steps_per_dispatch = 8
 
     c.launch.compile_cache = "runs/.compiled"  # the next start compiles nothing
-    # XLA's threads: all cores for the trainer, which comes first, and half of them for generation, which fills the gaps.
-    # So no core waits, and generation, which then is seldom at the staleness gate, has its slots full.
+    # XLA's threads: all cores for the trainer, which comes first, and half of them for generation, which fills the
+    # gaps. So no core waits, and generation, which then is seldom at the staleness gate, has its slots full.
     cores = os.cpu_count() or 1
     c.launch.trainer_env = {"NPROC": str(cores)}
     c.launch.rollout_env = {"NPROC": str(max(1, cores // 2))}
