@@ -29,7 +29,12 @@ def get_config():
     c.rollout.steps_per_dispatch = 8
 
     c.launch.compile_cache = "runs/.compiled"  # the next start compiles nothing
-    c.launch.env = {"NPROC": str(max(1, (os.cpu_count() or 1) // 2))}  # XLA's threads: half of the cores for each side
+    # XLA's threads: all cores for the trainer, which comes first, and half of them for generation, which fills the
+    # gaps. So no core waits, and generation, which then is seldom at the staleness gate, has its slots full.
+    cores = os.cpu_count() or 1
+    c.launch.trainer_env = {"NPROC": str(cores)}
+    c.launch.rollout_env = {"NPROC": str(max(1, cores // 2))}
+    c.launch.rollout_nice = 5
 
     c.trainer.steps = 80
     c.trainer.eval_every = 20

@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 MODES = {
-    "sync": {"controller.max_staleness": 0, "launch.env.NPROC": os.cpu_count()},  # and all cores for each
+    # Both sides have all cores in turn, and no reason to let the other go first.
+    "sync": {"controller.max_staleness": 0, "launch.rollout_env.NPROC": os.cpu_count(), "launch.rollout_nice": 0},
     "eta1": {"controller.max_staleness": 1},
     "eta4": {"controller.max_staleness": 4},
     "eta4_uninterrupted": {"controller.max_staleness": 4, "rollout.interruptible": False},

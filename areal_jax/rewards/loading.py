@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from areal_jax.rewards.outcome import VerifierError
@@ -30,12 +30,20 @@ def load_verifier(path: str) -> Callable[..., Any]:
     return target
 
 
-def accepted(function: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """What `function` takes; to ask costs more than to judge a number, so whoever calls often keeps it."""
+    return list(inspect.signature(function).parameters.values())
+
+
+def accepted(
+    function: Callable[..., Any], fields: Mapping[str, Any], parameters: Sequence[inspect.Parameter] | None = None
+) -> dict[str, Any]:
     """The part of `fields` that `function` takes by keyword; all of it if the function takes `**kwargs`.
 
-    Raises `VerifierError` naming a required parameter that `fields` lacks.
+    `parameters` are its `parameters_of`, where the caller has them. Raises `VerifierError` naming a required one that
+    `fields` lacks.
     """
-    parameters = inspect.signature(function).parameters.values()
+    parameters = parameters_of(function) if parameters is None else parameters
     missing = [p.name for p in parameters if p.kind in _NAMED and p.default is p.empty and p.name not in fields]
     if missing:
         name = getattr(function, "__name__", function)
@@ -47,7 +55,7 @@ def accepted(function: Callable[..., Any], fields: Mapping[str, Any]) -> dict[st
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Raises `VerifierError` naming those `arguments` of a recipe that `function` does not take."""
-    parameters = inspect.signature(function).parameters.values()
+    parameters = parameters_of(function)
     known = [p.name for p in parameters if p.kind in _NAMED]
     strange = sorted(set(arguments) - set(known))
     if strange and not any(p.kind is p.VAR_KEYWORD for p in parameters):

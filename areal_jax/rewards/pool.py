@@ -2,7 +2,9 @@
 
 import asyncio
 import collections
+import contextlib
 import os
+import queue
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +14,15 @@ from areal_jax.rewards.folders import sweep_folders
 from areal_jax.rewards.outcome import FAILURE_KINDS, Failure, Outcome, Score, VerifierError
 from areal_jax.rewards.process import WorkerProcess
 
+TOGETHER = 0.005  # seconds that an outcome may wait for others, as to act on each alone costs several times as much
+
 
 class VerifierPool:
     """Runs verifiers by import path in `processes` fresh interpreters, none of which imports jax or torch.
 
     A call ends in a `Score` or in a `Failure` (`timeout`, `crash`, `exception`, `bad_return`); it never raises for what
     a verifier did. A worker that overruns or dies is killed with its process group and replaced. Use it as an async
-    context manager, or call `close`.
+    context manager, or call `close`; all on one event loop.
 
     Args:
       processes: number of worker processes; default: one per core.
@@ -35,7 +39,7 @@ class VerifierPool:
         *,
         memory_bytes: int = 4 << 30,
         start_timeout: float = 60.0,
-        recycle_after: int = 5000,
+        recycle_after: int = 50_000,
     ):
         self.processes = processes or os.cpu_count() or 1
         self.timeout = timeout
@@ -46,6 +50,9 @@ class VerifierPool:
         self._start_timeout = start_timeout
         self._recycle_after = recycle_after
         self._threads = ThreadPoolExecutor(self.processes, thread_name_prefix="verifier")
+        self._calls: queue.SimpleQueue[tuple[asyncio.Future, str, dict[str, Any], float] | None] = queue.SimpleQueue()
+        self._ended: list[tuple[asyncio.Future, Outcome | BaseException]] = []  # what the event loop is to be told
+        self._working = False  # the threads take calls
         self._idle: list[WorkerProcess] = []
         self._busy: set[WorkerProcess] = set()
         self._lock = threading.Lock()
@@ -75,8 +82,13 @@ class VerifierPool:
         if self._closed:
             raise VerifierError("this VerifierPool is closed")
         limit = self.timeout if timeout is None else timeout
-        loop = asyncio.get_running_loop()
-        outcome = await loop.run_in_executor(self._threads, self._call, path, {"time_limit": limit, **fields}, limit)
+        if not self._working:
+            self._working = True
+            for _ in range(self.processes):
+                self._threads.submit(self._work)
+        future = asyncio.get_running_loop().create_future()
+        self._calls.put((future, path, {"time_limit": limit, **fields}, limit))
+        outcome = await future
         self.counts["scored" if isinstance(outcome, Score) else outcome.kind] += 1
         return outcome
 
@@ -86,6 +98,8 @@ class VerifierPool:
             self._closed = True
             workers = [*self._idle, *self._busy]
             self._idle.clear()
+            for _ in range(self.processes):
+                self._calls.put(None)
         for worker in workers:
             worker.kill_group()
         await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
@@ -105,6 +119,33 @@ class VerifierPool:
                 self._idle.append(worker)
         if not keep:
             worker.kill()
+
+    def _work(self) -> None:
+        """One thread's work: calls, one after another. The event loop is told of the last, and of all before it."""
+        while (call := self._calls.get()) is not None:
+            future, *arguments = call
+            try:
+                outcome = self._call(*arguments)
+            except BaseException as error:  # no fault of the verifier's: it is raised where the outcome is awaited
+                outcome = error
+            with self._lock:
+                self._ended.append((future, outcome))
+                first = len(self._ended) == 1
+            loop, last = future.get_loop(), self._calls.empty()
+            if first or last:
+                with contextlib.suppress(RuntimeError):  # the event loop was closed
+                    loop.call_soon_threadsafe(*(() if last else (loop.call_later, TOGETHER)), self._tell)
+
+    def _tell(self) -> None:
+        with self._lock:
+            ended, self._ended = self._ended, []
+        for future, outcome in ended:
+            if future.done():  # cancelled
+                continue
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
 
     def _call(self, path: str, fields: Mapping[str, Any], timeout: float) -> Outcome:
         with self._lock:

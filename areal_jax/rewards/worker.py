@@ -5,6 +5,7 @@ msgpack. It imports neither jax nor torch, and what a verifier prints goes to st
 """
 
 import asyncio
+import functools
 import inspect
 import os
 import resource
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from areal_jax.rewards.loading import accepted, load_verifier
+from areal_jax.rewards.loading import accepted, load_verifier, parameters_of
 from areal_jax.rewards.outcome import BadReturn, Failure, Score, VerifierTimeout, as_score, plain_text
 
 INSIDE_WORKER = "AREAL_JAX_VERIFIER_WORKER"  # set in the environment of a worker: whoever started it will also kill it
@@ -53,6 +54,12 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(set_pdeathsig, signal.SIGKILL, 0, 0, 0)
 
 
+@functools.cache
+def _loaded(path: str) -> tuple[Callable[..., Any], list[inspect.Parameter]]:
+    function = load_verifier(path)
+    return function, parameters_of(function)
+
+
 def run_call(call: Call, loop: asyncio.AbstractEventLoop, started: Callable[[], None] | None) -> Score | Failure:
     """Runs one call. Every error becomes a `Failure`.
 
@@ -60,8 +67,8 @@ def run_call(call: Call, loop: asyncio.AbstractEventLoop, started: Callable[[], 
     """
     begin = time.monotonic()
     try:
-        function = load_verifier(call.path)
-        fields = accepted(function, call.fields)
+        function, parameters = _loaded(call.path)
+        fields = accepted(function, call.fields, parameters)
         if started is not None:
             getattr(function, "warm_up", lambda: None)()  # its slow imports do not count against its time limit
             started()

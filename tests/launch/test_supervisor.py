@@ -60,6 +60,18 @@ def test_the_run_ends_with_the_trainer_and_everyone_goes(tmp_path):
     assert (tmp_path / "logs" / "rewards-0.log").read_text() == "hello\n"
 
 
+def test_niceness_acts_between_roles(tmp_path):
+    """Linux may weigh sessions against each other first, and niceness only inside of one; so all roles are in one."""
+    say = "import os; print(os.nice(0), os.getsid(0), flush=True)\n"
+    plain = role("rewards-0", say)
+    nicer = role("rollout-0", say + UNTIL_HELLO, tmp_path, nice=5)
+    run(tmp_path, role("trainer", UNTIL_HELLO.replace("rewards-0", "rollout-0"), tmp_path), plain, nicer)
+    (nice, session), (more, same) = (
+        map(int, (tmp_path / "logs" / f"{name}.log").read_text().split()) for name in ("rewards-0", "rollout-0")
+    )
+    assert more == nice + 5 and session == same == os.getsid(0)
+
+
 def test_a_worker_that_dies_is_started_again_and_its_log_goes_on(tmp_path):
     lives = tmp_path / "lives"
     lives.touch()

@@ -122,6 +122,19 @@ def test_one_stuck_verifier_does_not_hold_up_the_others():
     assert all(o.reward == 1.0 for o in outcomes[1:])
 
 
+def test_an_outcome_does_not_wait_for_a_call_behind_it():
+    """Outcomes are told together where that costs nobody time; a call that takes long is not waited for."""
+
+    async def main():
+        async with VerifierPool(1, 60.0, memory_bytes=0) as pool:
+            first, stuck = (asyncio.create_task(pool.submit(f"{HERE}.{name}", RECORD)) for name in ("agree", "loops"))
+            done, _ = await asyncio.wait([first, stuck], return_when=asyncio.FIRST_COMPLETED)
+            await pool.close()
+            return done == {first}, (await first).reward, (await stuck).kind
+
+    assert asyncio.run(main()) == (True, 1.0, "crash")
+
+
 def test_what_a_verifier_prints_does_not_reach_the_protocol():
     outcomes, _ = run(("prints", {}), ("prints", {}))
     assert [o.reward for o in outcomes] == [1.0, 1.0]
