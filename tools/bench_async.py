@@ -38,7 +38,7 @@ COLOURS = {
 
 def run(mode: str, workdir: Path, options: argparse.Namespace) -> dict:
     """One run of the job in `mode`; its figures."""
-    settings = {"trainer.steps": options.steps, "metrics.view": "none", **MODES[mode]}
+    settings = {"trainer.steps": options.steps, "trainer.eval_every": 0, "metrics.view": "none", **MODES[mode]}
     command = [sys.executable, "-m", "areal_jax.launch", f"--config={options.config}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in settings.items()] + options.overrides
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
