@@ -71,9 +71,13 @@ def fitting(
 
 
 def prompt_limit(config: Mapping[str, Any]) -> int:
-    """The longest prompt, in tokens, that leaves room for the longest answer."""
+    """The longest prompt, in tokens: one that leaves room for the longest answer, or as the data's settings say.
+
+    There is always room for one new token.
+    """
     rollout = config["rollout"]
-    return config["data"]["max_prompt_tokens"] or rollout["max_length"] - rollout["max_new_tokens"]
+    asked = config["data"]["max_prompt_tokens"] or rollout["max_length"] - rollout["max_new_tokens"]
+    return min(asked, rollout["max_length"] - 1)
 
 
 def chat_messages(record: Record, config: DataConfig) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import Prompts, fitting, render_prompt
+from areal_jax.data.prompts import Prompts, fitting, prompt_limit, render_prompt
 from areal_jax.data.readers import Dataset
 
 TEMPLATE = (
@@ -82,3 +82,9 @@ def test_a_groups_prompt_is_rendered_once_and_another_record_never_gets_its_toke
     prompts.tokens(record)
     record["prompt"] = "stay"  # as a workflow may
     assert text(prompts.tokens(record), tokenizer) == "stay"
+
+
+@pytest.mark.parametrize(("asked", "limit"), [(0, 40), (60, 60), (200, 79)])
+def test_a_prompt_always_leaves_room_for_one_token(asked, limit):
+    config = {"data": {"max_prompt_tokens": asked}, "rollout": {"max_length": 80, "max_new_tokens": 40}}
+    assert prompt_limit(config) == limit
