@@ -68,7 +68,7 @@ _ABOVE_0 = (
     "controller.disk_limit", "metrics.refresh_seconds",
 )  # fmt: skip
 _BELOW_1 = ("trainer.beta1", "trainer.beta2")
-MANY = 50_000  # prompts whose lengths take more than a few seconds to measure
+MANY = 200_000  # prompts whose lengths take more than a few seconds to measure
 
 
 def validate(config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -167,6 +167,10 @@ def _check_rewards_settings(rewards: dict) -> None:
     for key in ("weights", "verifier_args"):
         if len(rewards[key]) != count:
             raise ConfigError(f"rewards.{key} has {len(rewards[key])} entries for {count} verifiers; give one each")
+    if not all(isinstance(weight, (int, float)) for weight in rewards["weights"]):
+        raise ConfigError(f"rewards.weights={rewards['weights']!r} must be numbers, one for each verifier")
+    if not all(isinstance(own, dict) for own in rewards["verifier_args"]):
+        raise ConfigError(f"rewards.verifier_args={rewards['verifier_args']!r} must be dicts, one for each verifier")
     if rewards["overlong_buffer"] > rewards["overlong_max"]:
         raise ConfigError("rewards.overlong_buffer is longer than rewards.overlong_max")
 

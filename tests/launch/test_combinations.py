@@ -30,6 +30,8 @@ class Idle:
     ("changes", "message"),
     [
         (TWICE, "rewards: two verifiers have the same name, under which they report: ['verify_math', 'verify_math']"),
+        ({"rewards.weights": ("1",)}, "rewards.weights=('1',) must be numbers"),
+        ({"rewards.verifier_args": (None,)}, "rewards.verifier_args=(None,) must be dicts"),
         ({"rewards.overlong_max": 64}, "buffer must be between 1 and max_length=64"),
         ({"rollout.workflow_args": {"foo": 1}}, "rollout.workflow_args: TypeError"),
         (
