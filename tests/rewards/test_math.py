@@ -158,8 +158,10 @@ def test_inside_a_worker_python_code_is_interrupted_by_the_alarm(monkeypatch):
 
 
 def test_bad_gold_answers_and_settings_are_errors_not_scores():
-    with pytest.raises(VerifierError, match="gold answer cannot be read"):
+    with pytest.raises(VerifierError, match="gold answer must be text"):
         verify_math(r"\boxed{\frac12}", "")
+    with pytest.raises(VerifierError, match="gold answer cannot be read"):
+        verify_math(r"\boxed{\frac12}", "$$")
     with pytest.raises(VerifierError, match="needs a number"):
         verify_math("3", "x+1", mode="last_number")
     with pytest.raises(VerifierError, match="auto, last_number, boxed"):
