@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import signal
 import sys
 import time
@@ -24,10 +25,15 @@ from areal_jax.data.prompts import fitting, prompt_limit
 from areal_jax.data.readers import DataError, Dataset, load_dataset
 from areal_jax.disk import DiskFull, insist, release
 from areal_jax.exits import CANNOT_GO_ON, WRONG_SETTING
+from areal_jax.rewards.loading import record_check
+from areal_jax.rewards.outcome import VerifierError
 from areal_jax.transport.endpoints import still_starting
 from areal_jax.transport.errors import TransportError
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.transport.sockets import Server
+
+log = logging.getLogger(__name__)
+MOST_PLACES = 20  # of records that are left out, in the log
 
 
 def make_core(
@@ -38,11 +44,12 @@ def make_core(
     `going_on()` is called now and then: reading the data may take minutes.
     """
     data = configuration.section(DataConfig, config["data"], "data")
-    evaluation = _load(data.eval, data, config, going_on) if data.eval else []
+    train = _load("train", data, config, going_on)
+    evaluation = _load("eval", data, config, going_on) if data.eval else Dataset("", [])
     limit = data.eval_limit if data.eval_limit > 0 else len(evaluation)
     return Core(
         configuration.section(ControllerConfig, config["controller"], "controller"),
-        _load(data.train, data, config, going_on),
+        train,
         [evaluation[i] for i in range(min(limit, len(evaluation)))],
         seed=config["seed"],
         rolling=config["rollout"]["rolling_updates"],
@@ -50,21 +57,30 @@ def make_core(
         stop_on_failure=config["rewards"]["on_error"] == "stop",
         incarnation=incarnation,
         steps=config["trainer"]["steps"],
+        skipped_records=len(train.skipped) + len(evaluation.skipped),
         now=now,
     )
 
 
-def _load(spec: str, data: DataConfig, config: dict[str, Any], going_on: Callable[[], None]) -> Dataset:
-    """The data set; with data.too_long="skip", without the prompts that leave no room for the longest answer."""
-    going_on()
-    dataset = load_dataset(spec, data)
-    going_on()
-    if data.too_long != "skip":
-        return dataset
-    from transformers import AutoTokenizer  # takes seconds, and is needed for nothing else here
+def _load(key: str, data: DataConfig, config: dict[str, Any], going_on: Callable[[], None]) -> Dataset:
+    """The data set `data.key`, without the records that the settings say to skip; the log names those.
 
-    tokenizer = AutoTokenizer.from_pretrained(config["model"], local_files_only=True)
-    return fitting(dataset, tokenizer, data, prompt_limit(config), going_on)
+    Where they say "error", the launcher has looked for them, and nothing is looked at again.
+    """
+    going_on()
+    spec = getattr(data, key)
+    dataset = load_dataset(spec, data, record_check(config)) if data.bad_record == "skip" else load_dataset(spec, data)
+    going_on()
+    if data.too_long == "skip":
+        from transformers import AutoTokenizer  # takes seconds, and is needed for nothing else here
+
+        tokenizer = AutoTokenizer.from_pretrained(config["model"], local_files_only=True)
+        dataset = fitting(dataset, tokenizer, data, prompt_limit(config), going_on)
+    if dataset.left_out:
+        log.warning("data.%s: %s", key, dataset.left_out)
+        for place in dataset.skipped[1:MOST_PLACES]:
+            log.warning("data.%s: left out, too: %s", key, place)
+    return dataset
 
 
 def next_incarnation(workdir: Path) -> int:
@@ -107,7 +123,7 @@ def main() -> int:
         diagnosis = asyncio.run(serve(core, config, workdir))
     except DiskFull as error:
         diagnosis = str(error)
-    except (configuration.ConfigError, DataError, StateError, TransportError) as error:
+    except (configuration.ConfigError, DataError, StateError, TransportError, VerifierError) as error:
         print(f"controller: {error}", file=sys.stderr)
         return WRONG_SETTING
     if diagnosis:

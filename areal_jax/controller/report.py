@@ -207,6 +207,7 @@ class Telemetry:
             "failed": dict(core.failed),
             "quarantined": core.counters["quarantined"],
             "quarantined_prompts": list(core.quarantined),
+            "skipped_records": core.skipped_records,
             "late_results": core.counters["late_results"],
             "duplicate_results": core.counters["duplicate_results"],
             "overtaken_loads": core.counters["overtaken_loads"],

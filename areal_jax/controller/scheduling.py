@@ -56,7 +56,7 @@ class Scheduler:
     Times are seconds on any clock that does not go back.
     `records` and `eval_records` are indexable by record number. `incarnation` must rise when a controller is started
     again for the same run: it keeps attempts of former lives apart from new ones. `steps`: training steps of the run,
-    beyond whose batches nothing is generated; 0 for no end.
+    beyond whose batches nothing is generated; 0 for no end. `skipped_records`: of the data sets, for the report.
     """
 
     def __init__(
@@ -71,10 +71,11 @@ class Scheduler:
         stop_on_failure: bool = False,
         incarnation: int = 0,
         steps: int = 0,
+        skipped_records: int = 0,
         now: float = 0.0,
     ):
         self.config, self.records, self.seed, self.steps = config, records, seed, steps
-        self.stop_on_failure = stop_on_failure
+        self.stop_on_failure, self.skipped_records = stop_on_failure, skipped_records
         self.version = -1  # newest published
         self.manifest: m.Manifest | None = None
         self.next_batch = 0  # the batch that is formed next

@@ -97,7 +97,7 @@ def describe(data: Dataset, tokenizer: Any = None) -> dict[str, Any]:
         "bad": len(data.skipped),
         "bad_places": data.skipped[:20],
         "duplicate_prompts": len(prompts) - len(set(prompts)),
-        "without_answer": sum("answer" not in record and "tests" not in record for record in records),
+        "without_answer": sum(record.get("answer") is None and "tests" not in record for record in records),
         "fields": {field: sum(field in record for record in records) for field in fields},
         "unit": "tokens" if tokenizer is not None else "characters",
         "prompt_lengths": quantiles(lengths),

@@ -13,6 +13,6 @@ class DataConfig:
     template: str = "auto"  # "chat", "none", or "auto": the checkpoint's chat template where it has one
     system_prompt: str = ""
     prompt_suffix: str = ""
-    max_prompt_tokens: int = 0  # 0: rollout.max_length - rollout.max_new_tokens
+    max_prompt_tokens: int = 0  # 0: rollout.max_length - rollout.max_new_tokens; less than rollout.max_length
     too_long: str = "error"  # a prompt longer than that: "error" or "skip" (counted)
-    bad_record: str = "error"  # a malformed record: "error" (names the line) or "skip" (counted)
+    bad_record: str = "error"  # malformed, or no gold answer to judge by: "error" (names the line) or "skip" (counted)

@@ -7,6 +7,7 @@ what else its source says. Each format is one function from the source's record 
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 from areal_jax.data.boxed import boxed
@@ -37,10 +38,7 @@ def prompt_answer(source: Record) -> Record:
             raise BadRecord("its 'messages' is not a list of {'role': ..., 'content': ...}")
     else:
         text(source, "prompt")
-    record = dict(source)
-    if isinstance(record.get("answer"), (int, float)) and not isinstance(record["answer"], bool):
-        record["answer"] = str(record["answer"])
-    return record
+    return source | ({"answer": number_as_text(source["answer"])} if "answer" in source else {})
 
 
 def math(source: Record) -> Record:
@@ -52,7 +50,7 @@ def math(source: Record) -> Record:
         if not answer:
             raise BadRecord("it has no 'answer', and its 'solution' has no \\boxed{}")
     rest = {key: value for key, value in source.items() if key not in ("problem", "answer", "prompt")}
-    return {"prompt": problem, "answer": str(answer), **rest}
+    return {"prompt": problem, "answer": number_as_text(answer), **rest}
 
 
 def formats() -> dict[str, Callable[[Record], Record]]:
@@ -88,6 +86,12 @@ def text(source: Record, key: str) -> str:
     if not isinstance(source[key], str) or not source[key].strip():
         raise BadRecord(f"its '{key}' is not text: {source[key]!r:.60}")
     return source[key]
+
+
+def number_as_text(value: Any) -> Any:
+    """A finite number as text; anything else as it is: whether that can be an answer, its verifier knows."""
+    number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+    return str(value) if number and abs(value) < float("inf") else value
 
 
 def _is_turn(turn: Any) -> bool:

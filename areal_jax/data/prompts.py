@@ -13,6 +13,8 @@ from areal_jax.data.config import DataConfig
 from areal_jax.data.formats import Record
 from areal_jax.data.readers import Dataset
 
+_ADDED = 8  # tokens that a tokenizer may put around a text
+
 
 def render_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[int]:
     """Token ids of `record`'s prompt, with the checkpoint's chat template where `config.template` says so.
@@ -27,10 +29,12 @@ def render_prompt(record: Record, tokenizer: Any, config: DataConfig) -> list[in
                 chat_messages(record, config), add_generation_prompt=True, tokenize=True, return_dict=False
             )
         ]
+    return [int(token) for token in tokenizer.encode(_plain_text(record, config))]
+
+
+def _plain_text(record: Record, config: DataConfig) -> str:
     text = record["prompt"] + config.prompt_suffix
-    if config.system_prompt:
-        text = config.system_prompt + "\n\n" + text
-    return [int(token) for token in tokenizer.encode(text)]
+    return config.system_prompt + "\n\n" + text if config.system_prompt else text
 
 
 class Prompts:
@@ -56,24 +60,42 @@ def fitting(
 ) -> Dataset:
     """`dataset` without the prompts of more than `limit` tokens; what is left out is counted in `skipped`.
 
-    `going_on()` is called now and then: this may take minutes.
+    `going_on()` is called now and then: this may take minutes where prompts are nearly as long as the limit.
     """
     records, skipped = [], list(dataset.skipped)
     for index in range(len(dataset)):
         if index % 256 == 0:
             going_on()
-        length = len(render_prompt(dataset[index], tokenizer, config))
-        if length <= limit:
-            records.append(dataset[index])
+        record = dataset[index]
+        short = _surely_fits(record, tokenizer, config, limit)
+        if short or (length := len(render_prompt(record, tokenizer, config))) <= limit:
+            records.append(record)
         else:
             skipped.append(f"{dataset.name} record {index}: its prompt has {length} tokens, {limit} fit")
     return Dataset(dataset.name, records, skipped)
 
 
+def _surely_fits(record: Record, tokenizer: Any, config: DataConfig, limit: int) -> bool:
+    """Whether the prompt is so short that it need not be turned into tokens to know that it fits.
+
+    A token of an ASCII text stands for a character or more, but for the few that a tokenizer puts around it.
+    """
+    if use_chat(tokenizer, config, record):
+        messages = chat_messages(record, config)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    else:
+        text = _plain_text(record, config)
+    return len(text) + _ADDED <= limit and text.isascii()
+
+
 def prompt_limit(config: Mapping[str, Any]) -> int:
-    """The longest prompt, in tokens, that leaves room for the longest answer."""
+    """The longest prompt, in tokens: one that leaves room for the longest answer, or as the data's settings say.
+
+    There is always room for one new token.
+    """
     rollout = config["rollout"]
-    return config["data"]["max_prompt_tokens"] or rollout["max_length"] - rollout["max_new_tokens"]
+    asked = config["data"]["max_prompt_tokens"] or rollout["max_length"] - rollout["max_new_tokens"]
+    return min(asked, rollout["max_length"] - 1)
 
 
 def chat_messages(record: Record, config: DataConfig) -> list[dict[str, str]]:

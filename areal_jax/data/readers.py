@@ -9,8 +9,10 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from areal_jax.data import arithmetic
 from areal_jax.data.config import DataConfig
@@ -43,11 +45,22 @@ class Dataset(Sequence):
             self._last = index, self._records[index]
         return self._last[1]
 
+    @property
+    def left_out(self) -> str:
+        """How many records were left out, and the first of them, in one line; empty if none was."""
+        if not self.skipped:
+            return ""
+        which = "1 record is" if len(self.skipped) == 1 else f"{len(self.skipped):,} records are"
+        return f"{which} left out, {len(self):,} are used; the first left out: {self.skipped[0]}"
 
-def load_dataset(spec: str, config: DataConfig | None = None) -> Dataset:
+
+def load_dataset(
+    spec: str, config: DataConfig | None = None, check: Callable[[Record], None] = lambda record: None
+) -> Dataset:
     """The data set that `spec` names: a file, a folder of files, one split of it ("FOLDER:train"), or "arithmetic:...".
 
     Every record has "prompt" or "messages", usually "answer", and its other fields; see `areal_jax.data.formats`.
+    `check` raises `BadRecord` for what the reader of the records cannot use (`areal_jax.rewards.loading.record_check`).
     Raises `DataError` for a missing or empty data set, and for a bad record unless `config.bad_record` is "skip".
     """
     config = config or DataConfig()
@@ -55,7 +68,9 @@ def load_dataset(spec: str, config: DataConfig | None = None) -> Dataset:
         raise DataError("no data set given: set data.train to a file or to 'arithmetic:count=4096,seed=0'")
     if spec.startswith(arithmetic.PREFIX):
         try:
-            return Dataset(spec, arithmetic.parse_spec(spec))
+            problems = arithmetic.parse_spec(spec)
+            check(problems[0])  # all have the same fields
+            return Dataset(spec, problems)
         except ValueError as error:
             raise DataError(str(error)) from None
     known = formats()
@@ -72,15 +87,27 @@ def load_dataset(spec: str, config: DataConfig | None = None) -> Dataset:
                 raise BadRecord(f"it is a {type(source).__name__}, not an object with fields")
             source = source | {name: _dig(source, where) for name, where in config.fields.items()}
             convert = convert or known[detect(source)]
-            records.append(convert(source))
+            record = convert(source)
+            _check_sendable(record)
+            check(record)
+            records.append(record)
         except BadRecord as error:
             if config.bad_record != "skip":
                 raise DataError(f"{place}: bad record: {error} (data.bad_record='skip' leaves it out)") from None
             skipped.append(f"{place}: {error}")
     if not records:
-        why = f"; all of its {len(skipped)} records are bad" if skipped else ""
+        why = f"; all of its {len(skipped)} records are bad, the first: {skipped[0]}" if skipped else ""
         raise DataError(f"the data set '{spec}' is empty{why}")
     return Dataset(spec, records, skipped)
+
+
+def _check_sendable(record: Record) -> None:
+    """Raises `BadRecord` for what no message can carry: an integer above 64 bits, half a surrogate pair in a text."""
+    for name, value in record.items():
+        try:
+            msgspec.msgpack.encode({name: value})
+        except (OverflowError, TypeError, ValueError, RecursionError) as error:
+            raise BadRecord(f"its {name!r} cannot be sent to a worker ({error}); write it as text") from None
 
 
 def _path_and_split(spec: str) -> tuple[str, str]:
@@ -167,9 +194,7 @@ def _read_lines(path: str) -> Iterator[tuple[str, Any]]:
 def _parse(line: bytes) -> Any:
     try:
         value = json.loads(line)
-        if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair is valid JSON, and no text that can be sent
-            json.dumps(value, ensure_ascii=False).encode()
-    except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         return f"not valid JSON ({error})"
     return value if not isinstance(value, str) else "it is a text, not an object with fields"
 

@@ -44,6 +44,7 @@ from areal_jax.eval.report import PROBLEMS, Writer, summary_of, table
 from areal_jax.eval.runner import EvaluationStopped, Evaluator, Result, checkpoint_tensors
 from areal_jax.launch import command_line, validate
 from areal_jax.rewards.config import RewardsConfig
+from areal_jax.rewards.loading import record_check
 from areal_jax.rewards.outcome import VerifierError
 from areal_jax.rewards.pool import VerifierPool
 from areal_jax.rewards.service import recipe_of
@@ -111,9 +112,11 @@ def records_of(config: dict[str, Any], tokenizer: Any) -> list[dict]:
     data = configs.section(DataConfig, config["data"])
     if not data.eval:
         raise ConfigError("no data to evaluate on: give --data=FILE (data.eval)")
-    dataset = load_dataset(data.eval, data)
+    dataset = load_dataset(data.eval, data, record_check(config))
     if data.too_long == "skip":
         dataset = fitting(dataset, tokenizer, data, prompt_limit(config))
+    if dataset.left_out:
+        print(f"areal_jax.eval: {dataset.left_out}", file=sys.stderr)
     if not len(dataset):
         raise ConfigError(f"all prompts of '{data.eval}' are longer than {prompt_limit(config)} tokens")
     count = min(data.eval_limit or len(dataset), len(dataset))
@@ -187,6 +190,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     free = not {"run", "config"} & own.keys() and not any("rollout.max_length" in word for word in arguments)
     if free:  # as long as it has to be
         config["rollout"]["max_length"] = sys.maxsize
+    validate.check_rewards(config)
     records = records_of(config, tokenizer)
     if free:
         data = configs.section(DataConfig, config["data"])
@@ -194,8 +198,6 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         config["rollout"]["max_length"] = longest + config["rollout"]["max_new_tokens"]
     if config["rollout"]["engine"] == "jax":  # vLLM has its own list of what it can load, and may live without jax
         validate.check_model(config)
-    validate.check_rewards(config)
-    validate.check_fields(config, "eval", records[0])
     samples = config["controller"]["eval_samples_per_prompt"]
     ks = numbers_of(own["ks"]) if "ks" in own else [2**i for i in range(samples.bit_length())]
     if max(ks) > samples or min(ks) < 1:

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         from areal_jax.launch import session
         from areal_jax.launch.validate import validate
 
-        config = validate(command.config)
+        config = validate(command.config, tell=lambda line: print(f"areal_jax: {line}", flush=True))
         if command.dry_run:
             print(f"areal_jax: '{config['name']}' can start")
             return 0

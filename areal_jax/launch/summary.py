@@ -14,12 +14,17 @@ _LINES = (
     ("trained_samples", "samples trained on", "{:,.0f}"),
     ("max_staleness", "greatest staleness", "{:.0f}"),
     ("staleness_bound", "its bound (η)", "{:.0f}"),
-    ("dropped_stale", "samples dropped as stale", "{:,.0f}"),
+    ("dropped_stale_samples", "samples dropped as stale", "{:,.0f}"),
     ("generated_tokens_per_second", "tokens generated per second", "{:,.0f}"),
     ("trainer_idle_fraction", "trainer idle", "{:.1%}"),
     ("rollout_idle_fraction", "rollout idle", "{:.1%}"),
     ("worst_mismatch", "log-prob mismatch at lag 0", "{:.1e}"),  # of engine and trainer, the worst step's mean
     ("recompiles_after_warmup", "recompilations after warm-up", "{:.0f}"),
+)
+_IF_ANY = (  # the same, shown where they are not 0
+    ("skipped_records", "records of the data left out"),
+    ("filtered", "groups filtered out"),
+    ("quarantined", "prompts given up (quarantined)"),
 )
 
 
@@ -34,6 +39,9 @@ def lines(values: Mapping[str, Any], workdir: str | os.PathLike, wall: float, re
         value = values.get(key)
         if isinstance(value, (int, float)):
             rows.append((label, form.format(value)))
+    rows += [(label, f"{values[key]:,.0f}") for key, label in _IF_ANY if values.get(key)]
+    if failed := values.get("failed"):
+        rows.append(("tries of samples that failed", ", ".join(f"{n:,} {error}" for error, n in failed.items())))
     rows.append(("time, everything included", f"{int(wall) // 60} min {int(wall) % 60:02d} s"))
     if restarts:
         rows.append(("processes started again", str(restarts)))

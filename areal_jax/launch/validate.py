@@ -6,19 +6,20 @@ set, and the tables of names that the roles themselves use.
 
 from __future__ import annotations
 
-import importlib
 import json
+import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from areal_jax.config import ConfigError, resolve, section
 from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import prompt_limit, render_prompt
-from areal_jax.data.readers import DataError, Dataset, load_dataset
+from areal_jax.data.prompts import fitting, prompt_limit
+from areal_jax.data.readers import DataError, load_dataset
 from areal_jax.launch.fit import check_memory, gpu_memory
+from areal_jax.rewards.config import RewardsConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _CHOICES = {
@@ -57,7 +58,7 @@ _AT_LEAST = {
         "trainer.checkpoint_every", "trainer.eval_every", "trainer.lora_rank", "trainer.kl_coef", "data.eval_limit",
         "data.max_prompt_tokens", "launch.restarts", "launch.trainer_restarts", "launch.rollout_gpus",
         "trainer.grad_norm_limit", "trainer.ratio_limit", "trainer.mismatch_limit", "trainer.equal_rewards_limit",
-        "trainer.max_segments",
+        "trainer.max_segments", "trainer.beta1", "trainer.beta2",
     ),
 }  # fmt: skip
 _ABOVE_0 = (
@@ -66,17 +67,22 @@ _ABOVE_0 = (
     "trainer.epsilon", "launch.stop_grace", "launch.announce_limit",
     "controller.disk_limit", "metrics.refresh_seconds",
 )  # fmt: skip
+_BELOW_1 = ("trainer.beta1", "trainer.beta2")
+MANY = 200_000  # prompts whose lengths take more than a few seconds to measure
 
 
-def validate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved config of a run that can start, or `ConfigError` with the first thing that is wrong with it."""
+def validate(config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """The resolved config of a run that can start, or `ConfigError` with the first thing that is wrong with it.
+
+    `tell` is given what is not wrong, but should be known: what of the data is left out.
+    """
     resolved = resolve(config)
     check_settings(resolved)
     check_addresses(resolved)
     check_rewards(resolved)
     check_model(resolved)
     check_memory(resolved, gpu_memory())
-    check_data(resolved)
+    check_data(resolved, tell)
     check_programs(resolved)
     return resolved
 
@@ -91,12 +97,16 @@ def check_settings(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={_get(config, key)!r} is unknown; it must be one of {', '.join(choices)}")
     for least, keys in _AT_LEAST.items():
         for key in keys:
-            if _get(config, key) < least:
+            if not _get(config, key) >= least:
                 raise ConfigError(f"{key}={_get(config, key)!r} must be at least {least}")
     for key in _ABOVE_0:
         if not _get(config, key) > 0:
             raise ConfigError(f"{key}={_get(config, key)!r} must be greater than 0")
+    for key in _BELOW_1:
+        if not _get(config, key) < 1:
+            raise ConfigError(f"{key}={_get(config, key)!r} must be less than 1")
     _check_lengths(config["rollout"], config["trainer"], config["controller"])
+    _check_data_settings(config)
     _check_rewards_settings(config["rewards"])
     _check_objective(config)
     _check_mesh(config["trainer"])
@@ -125,8 +135,11 @@ def _check_lengths(rollout: dict, trainer: dict, controller: dict) -> None:
             f"controller.max_concurrent={concurrent} groups is less than controller.batch_size="
             f"{controller['batch_size']}, which max_staleness=0 generates at once; use 0 (no limit)"
         )
-    if controller["group_size"] == 1 and trainer["advantage"] == "group_relative":
-        raise ConfigError("controller.group_size=1 makes every group-relative advantage 0; use 2 or more")
+    if controller["group_size"] == 1 and trainer["advantage"] != "reinforce_plus_plus":
+        raise ConfigError(
+            f"controller.group_size=1 makes every group-relative advantage 0, or the same for all, and "
+            f"trainer.advantage={trainer['advantage']!r} is one; use 2 or more, or 'reinforce_plus_plus'"
+        )
     if controller["group_size"] == 1 and controller["dynamic_filter"]:
         raise ConfigError("controller.dynamic_filter leaves out every group of one sample; use group_size 2 or more")
     if trainer["minibatches"] > controller["batch_size"]:
@@ -138,6 +151,18 @@ def _check_lengths(rollout: dict, trainer: dict, controller: dict) -> None:
         raise ConfigError("trainer.checkpoint_every is greater than trainer.steps; use 0 for the end only")
 
 
+def _check_data_settings(config: Mapping[str, Any]) -> None:
+    longest, room = config["data"]["max_prompt_tokens"], config["rollout"]["max_length"]
+    if longest >= room:
+        raise ConfigError(
+            f"data.max_prompt_tokens={longest} leaves no room for an answer in rollout.max_length={room}: make one "
+            f"smaller or the other greater"
+        )
+    every = config["trainer"]["eval_every"]
+    if every and not config["data"]["eval"]:
+        raise ConfigError(f"trainer.eval_every={every} evaluates nothing without data.eval: set that, or eval_every=0")
+
+
 def _check_rewards_settings(rewards: dict) -> None:
     count = len(rewards["verifiers"])
     if not count:
@@ -145,6 +170,10 @@ def _check_rewards_settings(rewards: dict) -> None:
     for key in ("weights", "verifier_args"):
         if len(rewards[key]) != count:
             raise ConfigError(f"rewards.{key} has {len(rewards[key])} entries for {count} verifiers; give one each")
+    if not all(isinstance(weight, (int, float)) for weight in rewards["weights"]):
+        raise ConfigError(f"rewards.weights={rewards['weights']!r} must be numbers, one for each verifier")
+    if not all(isinstance(own, dict) for own in rewards["verifier_args"]):
+        raise ConfigError(f"rewards.verifier_args={rewards['verifier_args']!r} must be dicts, one for each verifier")
     if rewards["overlong_buffer"] > rewards["overlong_max"]:
         raise ConfigError("rewards.overlong_buffer is longer than rewards.overlong_max")
 
@@ -168,6 +197,13 @@ def _check_mesh(trainer: dict) -> None:
             raise ConfigError(f"trainer.{name}={size} must be a number of devices, or -1 for whatever is left")
     if sum(size == -1 for size in axes.values()) > 1:
         raise ConfigError("only one of trainer.data_parallel, fsdp, tensor, expert can be -1 (whatever is left)")
+    rows = "fixed_sequences" if trainer["packing"] == "fixed" else "rows"
+    shards = math.prod(axes[name] for name in ("data_parallel", "fsdp") if axes[name] != -1)
+    if trainer[rows] % shards:
+        raise ConfigError(
+            f"trainer.{rows}={trainer[rows]} must be a multiple of {shards} (trainer.data_parallel="
+            f"{axes['data_parallel']} x trainer.fsdp={axes['fsdp']}), over which the rows are split"
+        )
 
 
 # -- what the settings point to ----------------------------------------------------------------------------------------
@@ -202,22 +238,28 @@ def _check_port(key: str, host: str, port: int) -> None:
 
 
 def check_rewards(config: Mapping[str, Any]) -> None:
-    """Every verifier, and the workflow, can be imported; the verifiers take the arguments that the settings have."""
+    """Verifiers, workflow and engine take the arguments that the settings have, and the verifiers go together."""
     from areal_jax.rewards.loading import check_arguments, load_verifier
     from areal_jax.rewards.outcome import VerifierError
+    from areal_jax.rewards.service import recipe_of
+    from areal_jax.rollout.factory import check_engine_args
+    from areal_jax.rollout.workflows import check_workflow
 
     for path, arguments in zip(config["rewards"]["verifiers"], config["rewards"]["verifier_args"]):
         try:
             check_arguments(load_verifier(path), arguments)
         except VerifierError as error:
             raise ConfigError(f"rewards.verifiers: {_line(error)}") from None
-    path = config["rollout"]["workflow"]
-    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     try:
-        getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        message = f"rollout.workflow {path!r} does not import: {type(error).__name__}: {_line(error)}"
-        raise ConfigError(message) from None
+        recipe_of(section(RewardsConfig, config["rewards"]))
+    except ValueError as error:
+        raise ConfigError(f"rewards: {_line(error)}") from None
+    rollout = config["rollout"]
+    try:
+        check_workflow(rollout["workflow"], rollout["workflow_args"])
+        check_engine_args(rollout["engine"], rollout["engine_args"])
+    except ValueError as error:
+        raise ConfigError(_line(error)) from None
 
 
 def check_model(config: Mapping[str, Any]) -> None:
@@ -263,57 +305,39 @@ def load_tokenizer(folder: str) -> Any:
         raise ConfigError(f"the tokenizer in '{folder}' cannot be loaded: {_line(error)}") from None
 
 
-def check_data(config: Mapping[str, Any]) -> None:
-    """Both data sets can be read, and every prompt fits the context (or is to be skipped)."""
+def check_data(config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None) -> None:
+    """Both data sets can be read and judged, and every prompt fits the context (or is to be skipped, which is told)."""
+    from areal_jax.rewards.loading import record_check
+
     data = section(DataConfig, config["data"])
-    limit = prompt_limit(config)
-    tokenizer = load_tokenizer(config["model"])
+    limit, batch = prompt_limit(config), config["controller"]["batch_size"]
+    tokenizer, check = load_tokenizer(config["model"]), record_check(config)
     for key in ("train", "eval"):
         spec = getattr(data, key)
         if key == "eval" and not spec:
             continue
         try:
-            dataset = load_dataset(spec, data)
-            lengths = list(prompt_lengths(dataset, tokenizer, data))
+            dataset = load_dataset(spec, data, check)
+            if len(dataset) > MANY:
+                tell(f"data.{key}: measuring {len(dataset):,} prompts, which takes a while")
+            kept = fitting(dataset, tokenizer, data, limit)
         except (DataError, ValueError) as error:
             raise ConfigError(f"data.{key}: {_line(error)}") from None
-        check_fields(config, key, dataset[0])
-        too_long = [i for i, length in enumerate(lengths) if length > limit]
+        too_long = kept.skipped[len(dataset.skipped) :]
         if too_long and data.too_long == "error":
-            first = too_long[0]
             raise ConfigError(
-                f"data.{key}: {len(too_long)} of {len(dataset)} prompts of '{spec}' are too long; the first is record "
-                f"{first} with {lengths[first]} tokens, and {limit} fit (rollout.max_length - rollout.max_new_tokens, "
-                f"data.max_prompt_tokens); data.too_long='skip' leaves them out"
+                f"data.{key}: {len(too_long)} of {len(dataset)} prompts are too long; the first: {too_long[0]} "
+                f"(rollout.max_length - rollout.max_new_tokens, data.max_prompt_tokens); data.too_long='skip' leaves "
+                f"them out"
             )
-        if len(too_long) == len(dataset):
+        if not len(kept):
             raise ConfigError(f"data.{key}: all {len(dataset)} prompts of '{spec}' are longer than {limit} tokens")
-        usable = len(dataset) - len(too_long)
-        if key == "train" and config["controller"]["epochs"] and usable < config["controller"]["batch_size"]:
+        if key == "train" and config["controller"]["epochs"] and len(kept) < batch:
             raise ConfigError(
-                f"data.train: {usable} prompts are fewer than one batch (controller.batch_size="
-                f"{config['controller']['batch_size']})"
+                f"data.train: {len(kept)} prompts are fewer than one batch (controller.batch_size={batch})"
             )
-
-
-def check_fields(config: Mapping[str, Any], key: str, record: Mapping[str, Any]) -> None:
-    """The verifiers find in `record` what they need, unless a workflow of the user's may give them another one."""
-    from areal_jax.rewards.loading import GIVEN, accepted, load_verifier
-    from areal_jax.rewards.outcome import VerifierError
-
-    if not config["rollout"]["workflow"].startswith("areal_jax."):
-        return
-    for path, arguments in zip(config["rewards"]["verifiers"], config["rewards"]["verifier_args"]):
-        try:
-            accepted(load_verifier(path), dict.fromkeys((*record, *GIVEN, *arguments)))
-        except VerifierError as error:
-            raise ConfigError(f"rewards.verifiers, with the first record of data.{key}: {_line(error)}") from None
-
-
-def prompt_lengths(dataset: Dataset, tokenizer: Any, data: DataConfig, at_most: int = 20_000) -> Iterator[int]:
-    """Tokens of each prompt, of the first `at_most`."""
-    for index in range(min(len(dataset), at_most)):
-        yield len(render_prompt(dataset[index], tokenizer, data))
+        if kept.left_out:
+            tell(f"data.{key}: {_line(kept.left_out)}")
 
 
 def check_programs(config: Mapping[str, Any]) -> None:
@@ -328,5 +352,5 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
     return config[name][field]
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException | str) -> str:
     return " ".join(str(error).split())

@@ -46,7 +46,7 @@ class Recipe:
             raise ValueError("a recipe needs at least one verifier")
         names = [verifier.name for verifier in self.verifiers]
         if len(set(names)) < len(names):
-            raise ValueError(f"two verifiers of a recipe have the same name: {names}")
+            raise ValueError(f"two verifiers have the same name, under which they report: {names}; rename one")
         overlong_penalty(0, max_length=self.overlong_max, buffer=self.overlong_buffer)
 
 

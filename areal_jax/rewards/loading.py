@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from areal_jax.data.formats import BadRecord
 from areal_jax.rewards.outcome import VerifierError
 
 GIVEN = ("prompt", "completion", "prompt_tokens", "completion_tokens", "time_limit")  # besides a record's fields
@@ -61,3 +62,27 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
     if strange and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         name = getattr(function, "__name__", function)
         raise VerifierError(f"{name} does not take {', '.join(strange)}; it takes {', '.join(known)}")
+
+
+def record_check(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+    """A function that raises `BadRecord` for a record which the verifiers of `config` (as resolved) cannot judge by.
+
+    It must have the fields that they need; and a verifier may have a function of its own, as its attribute
+    `check_record`, that takes the record's fields by name and raises `VerifierError`. A workflow of the user's may give
+    the verifiers another record than the data's: then nothing is asked. Raises as `load_verifier`.
+    """
+    if not config["rollout"]["workflow"].startswith("areal_jax."):
+        return lambda record: None
+    rewards = config["rewards"]
+    verifiers = [(load_verifier(path), own) for path, own in zip(rewards["verifiers"], rewards["verifier_args"])]
+
+    def check(record: Mapping[str, Any]) -> None:
+        for function, arguments in verifiers:
+            try:
+                fields = accepted(function, {**record, **dict.fromkeys(GIVEN), **arguments})
+                if own := getattr(function, "check_record", None):
+                    own(**{name: value for name, value in fields.items() if name not in GIVEN})
+            except VerifierError as error:
+                raise BadRecord(str(error)) from None
+
+    return check

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import math
+import numbers
 import os
 import re
 import signal
@@ -55,15 +56,11 @@ def verify_math(
     Raises `VerifierTimeout` when the comparison takes longer (0.0 with `on_timeout="zero"`), `VerifierError` when the
     gold answer cannot be read or `mode` is unknown.
     """
-    if mode not in MODES:
-        raise VerifierError(f"verify_math: mode must be one of {', '.join(MODES)}, found {mode!r}")
-    gold = _gold_text(str(answer))
+    gold = gold_answer(answer, mode)
     text = completion.rpartition("</think>")[2]
     if mode == "last_number":
-        expected, found = plain_number(gold), last_number(text)
-        if expected is None:
-            raise VerifierError(f"verify_math: mode 'last_number' needs a number as gold answer, found {answer!r:.200}")
-        return float(found is not None and found == expected)
+        found = last_number(text)
+        return float(found is not None and found == plain_number(gold))
 
     candidate = boxed(text)
     if candidate is None and mode == "boxed":
@@ -116,6 +113,27 @@ def last_number(text: str) -> Fraction | None:
     elif number[0] in "+-" and re.search(r"[\w)]$", before):  # "10-4": a minus between operands
         number = number[1:]
     return Fraction(number.replace(",", ""))
+
+
+def gold_answer(answer: Any, mode: Mode = "auto", **_: Any) -> str:
+    """The bare gold answer in `answer`: text or a number, perhaps a whole solution.
+
+    Raises `VerifierError` where there is none: null, a truth value, a list, an object, an empty text, and in mode
+    `last_number` whatever is no number. Such a record would be scored 0 for ever.
+    """
+    if mode not in MODES:
+        raise VerifierError(f"verify_math: mode must be one of {', '.join(MODES)}, found {mode!r}")
+    number = isinstance(answer, numbers.Real) and not isinstance(answer, bool)
+    number = number and (isinstance(answer, numbers.Rational) or math.isfinite(answer))
+    gold = _gold_text(str(answer)) if number or isinstance(answer, str) else ""
+    if not gold:
+        hint = " (one of a list: data.fields={'answer': 'answer.0'})" if isinstance(answer, list) else ""
+        raise VerifierError(
+            f"verify_math: the gold answer must be text or a finite number{hint}, found {answer!r:.200}"
+        )
+    if mode == "last_number" and plain_number(gold) is None:
+        raise VerifierError(f"verify_math: mode 'last_number' needs a number as gold answer, found {answer!r:.200}")
+    return gold
 
 
 def _gold_text(answer: str) -> str:
@@ -236,3 +254,4 @@ def _choice(text: str, *, exact: bool) -> str | None:
 
 equal.warm_up = _library  # type: ignore[attr-defined]
 verify_math.warm_up = _library  # type: ignore[attr-defined]
+verify_math.check_record = gold_answer  # type: ignore[attr-defined]

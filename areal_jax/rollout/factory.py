@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Engine
@@ -14,6 +16,7 @@ def make_engine(config: RolloutConfig, model_path: str, *, seed: int, workdir: s
     `seed` is this worker's own: vLLM's generator takes it. The embedded engine's random numbers come with each request.
     `workdir` is the run's folder: weights from other hosts need it.
     """
+    check_engine_args(config.engine, config.engine_args)
     if config.engine == "jax":
         from areal_jax.rollout.jax_engine import make_jax_engine
 
@@ -34,3 +37,17 @@ def make_engine(config: RolloutConfig, model_path: str, *, seed: int, workdir: s
             engine_args=dict(config.engine_args),
         )
     raise ValueError(f"rollout.engine is {config.engine!r}; it must be 'jax' or 'vllm'")
+
+
+def check_engine_args(engine: str, arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for `rollout.engine_args` that the engine cannot take, as far as that is known without it."""
+    if engine == "vllm":
+        from areal_jax.rollout.vllm_engine import check_args
+
+        check_args(arguments)
+        return
+    if unknown := sorted(set(arguments) - {"prefill_rows"}):
+        raise ValueError(f"rollout.engine_args has {unknown}; the engine 'jax' knows only 'prefill_rows'")
+    rows = arguments.get("prefill_rows", 1)
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"rollout.engine_args.prefill_rows={rows!r} must be a whole number of at least 1")

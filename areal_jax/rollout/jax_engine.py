@@ -381,9 +381,6 @@ def hf_loader(model: Model, dtype: Any, timeout: float, workdir: str | os.PathLi
 
 def make_jax_engine(config: RolloutConfig, model_path: str, workdir: str | os.PathLike | None = None) -> JaxEngine:
     """The engine for the checkpoint folder `model_path`, as the settings say; not started yet."""
-    unknown = set(config.engine_args) - {"prefill_rows"}
-    if unknown:
-        raise ValueError(f"rollout.engine_args has {sorted(unknown)}; the engine 'jax' knows only 'prefill_rows'")
     model = Model(ModelConfig.from_hf(model_path), compute_dtype=config.dtype)
     return JaxEngine(
         model,

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -31,6 +31,12 @@ _WATCH_SECONDS = 0.5  # how often the engine's process is looked at
 _GRACE_SECONDS = 1.0  # for vLLM to end by itself; its CPU build needs ten, and then is killed as well
 # What the promises about log-probs, versions and weights rest on; not for `engine_args`.
 _FIXED = ("model", "max_model_len", "max_num_seqs", "logprobs_mode", "weight_transfer_config", "worker_extension_cls")
+
+
+def check_args(engine_args: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for engine arguments that a user may not set; vLLM itself is asked about the others."""
+    if fixed := sorted(set(engine_args) & set(_FIXED)):
+        raise ValueError(f"rollout.engine_args may not set {', '.join(fixed)}: areal_jax sets these itself")
 
 
 class VllmEngine:
@@ -67,8 +73,7 @@ class VllmEngine:
     ):
         if kv_policy not in ("recompute", "keep"):
             raise ValueError(f"kv_policy is {kv_policy!r}; use 'recompute' or 'keep'")
-        if fixed := sorted(set(engine_args or {}) & set(_FIXED)):
-            raise ValueError(f"engine_args may not set {', '.join(fixed)}: areal_jax sets these itself")
+        check_args(engine_args or {})
         self.version = -1
         self.slots, self.max_length = slots, max_length
         self.paused = False

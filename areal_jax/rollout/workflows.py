@@ -7,6 +7,7 @@ its keyword arguments. It is made once per worker and runs many samples at the s
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any, Protocol
 
 from areal_jax.rollout.session import Session, Transcript
@@ -25,16 +26,47 @@ class Workflow(Protocol):
 
 def load_workflow(path: str, arguments: dict[str, Any]) -> Workflow:
     """The workflow that an import path ("package.module:Class") names; raises `ValueError` in one line."""
+    try:
+        workflow = _class(path)(**arguments)
+    except Exception as error:  # a user's class may raise anything
+        raise _unusable(path, error) from error
+    if not callable(getattr(workflow, "run", None)):
+        raise _without_run(path)
+    return workflow
+
+
+def check_workflow(path: str, arguments: dict[str, Any]) -> None:
+    """Raises `ValueError` where `load_workflow` would, as far as that is known before a user's class is made.
+
+    Only a worker makes one: it may start things, or take a GPU's memory.
+    """
+    if path.startswith("areal_jax."):
+        load_workflow(path, arguments)
+        return
+    try:
+        made = _class(path)
+        inspect.signature(made).bind(**arguments)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise _unusable(path, error) from error
+    if isinstance(made, type) and not callable(getattr(made, "run", None)):
+        raise _without_run(path)
+
+
+def _class(path: str) -> Any:
     module, colon, name = path.partition(":")
     if not colon or not name:
-        raise ValueError(f"rollout.workflow is {path!r}; write it as package.module:Class")
-    try:
-        workflow = getattr(importlib.import_module(module), name)(**arguments)
-    except Exception as error:  # a user's module may raise anything
-        raise ValueError(f"rollout.workflow {path!r} cannot be made: {type(error).__name__}: {error}") from error
-    if not callable(getattr(workflow, "run", None)):
-        raise ValueError(f"rollout.workflow {path!r} has no method 'run(session, record)'")
-    return workflow
+        raise ValueError("write it as package.module:Class")
+    return getattr(importlib.import_module(module), name)
+
+
+def _without_run(path: str) -> ValueError:
+    return ValueError(f"rollout.workflow {path!r} has no method 'run(session, record)'")
+
+
+def _unusable(path: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"rollout.workflow {path!r} cannot be made with these rollout.workflow_args: {type(error).__name__}: {error}"
+    )
 
 
 def metrics_of(score: Score, **more: float) -> dict[str, float]:

@@ -40,7 +40,7 @@ def test_a_controller_that_waits_for_the_disk_gives_a_sign(tmp_path, monkeypatch
 def test_a_controller_that_reads_its_data_gives_a_sign(tmp_path, monkeypatch, started):
     marks = []
 
-    def load(spec, data):
+    def load(spec, data, check=None):
         marks.append(starting_mark(tmp_path, "controller"))
         raise DataError("enough")
 

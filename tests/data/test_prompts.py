@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import Prompts, fitting, render_prompt
+from areal_jax.data.prompts import Prompts, fitting, prompt_limit, render_prompt
 from areal_jax.data.readers import Dataset
 
 TEMPLATE = (
@@ -82,3 +82,32 @@ def test_a_groups_prompt_is_rendered_once_and_another_record_never_gets_its_toke
     prompts.tokens(record)
     record["prompt"] = "stay"  # as a workflow may
     assert text(prompts.tokens(record), tokenizer) == "stay"
+
+
+class Bytes:
+    """A tokenizer with one token per byte and one before them; `seen` is what it was asked for."""
+
+    chat_template = None
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, text):
+        self.seen.append(text)
+        return [0, *text.encode()]
+
+
+def test_only_prompts_that_may_be_too_long_are_turned_into_tokens():
+    prompts = ["a" * 30, "é" * 25, "é" * 15, "a" * 45, "a" * 35, "a" * 39, "a" * 40]
+    byte = Bytes()
+    kept = fitting(Dataset("d", [{"prompt": p} for p in prompts]), byte, DataConfig(), limit=40)
+    assert [record["prompt"] for record in kept] == [p for p in prompts if 1 + len(p.encode()) <= 40]
+    assert byte.seen == prompts[1:] and len(kept.skipped) == 3
+    kept = fitting(Dataset("d", [{"prompt": "a" * 30}]), byte, DataConfig(system_prompt="b" * 20), limit=40)
+    assert not len(kept) and "53 tokens" in kept.skipped[0]
+
+
+@pytest.mark.parametrize(("asked", "limit"), [(0, 40), (60, 60), (200, 79)])
+def test_a_prompt_always_leaves_room_for_one_token(asked, limit):
+    config = {"data": {"max_prompt_tokens": asked}, "rollout": {"max_length": 80, "max_new_tokens": 40}}
+    assert prompt_limit(config) == limit

@@ -62,7 +62,10 @@ def test_json_and_parquet_hold_the_same_records(tmp_path):
         ('{"prompt": ""}', r"a.jsonl:2: bad record: its 'prompt' is not text"),
         ('{"messages": [{"role": "user"}]}', r"a.jsonl:2: bad record: its 'messages'"),
         ('"text"', r"a.jsonl:2: bad record: it is a text"),
-        ('{"prompt": "\\ud83d"}', r"a.jsonl:2: bad record: not valid JSON .*surrogates not allowed"),
+        ('{"prompt": "\\ud83d"}', r"a.jsonl:2: bad record: its 'prompt' cannot be sent .*surrogates not allowed"),
+        ('{"prompt": "a", "id": 36893488147419103232}', r"a.jsonl:2: bad record: its 'id' cannot be sent .*2\*\*64"),
+        ('{"prompt": "a", "x": {"y": [-9223372036854775809]}}', r"a.jsonl:2: bad record: its 'x' cannot be sent"),
+        pytest.param('{"prompt": "a", "id": ' + "7" * 5000 + "}", r"a.jsonl:2: bad record: not valid JSON", id="long"),
     ],
 )
 def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, line, message):

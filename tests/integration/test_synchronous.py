@@ -8,7 +8,7 @@ from whole_runs import ROOT, launch, python, steps
 SMALL = {
     "controller__batch_size": 8, "controller__group_size": 4, "controller__max_staleness": 0, "data__eval": "",
     "trainer__steps": 4, "trainer__rows": 8, "trainer__learning_rate": 1e-3, "trainer__warmup_steps": 1,
-    "rollout__slots": 16,
+    "rollout__slots": 16, "trainer__eval_every": 0,
 }  # fmt: skip
 
 

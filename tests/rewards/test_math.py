@@ -158,8 +158,10 @@ def test_inside_a_worker_python_code_is_interrupted_by_the_alarm(monkeypatch):
 
 
 def test_bad_gold_answers_and_settings_are_errors_not_scores():
-    with pytest.raises(VerifierError, match="gold answer cannot be read"):
+    with pytest.raises(VerifierError, match="gold answer must be text"):
         verify_math(r"\boxed{\frac12}", "")
+    with pytest.raises(VerifierError, match="gold answer cannot be read"):
+        verify_math(r"\boxed{\frac12}", "$$")
     with pytest.raises(VerifierError, match="needs a number"):
         verify_math("3", "x+1", mode="last_number")
     with pytest.raises(VerifierError, match="auto, last_number, boxed"):
@@ -205,3 +207,16 @@ def test_all_of_gsm8k_accepts_the_gold_answers_and_no_perturbed_one():
     pairs = gsm8k()
     assert len(pairs) == 8792
     check_gsm8k(pairs)
+
+
+@pytest.mark.parametrize("answer", [None, True, False, {"value": 6}, ["5"], "", " ", "####", float("nan")], ids=repr)
+@pytest.mark.parametrize("completion", ["", "#### None", "####5", r"\boxed{True}", r"\boxed{6}"])
+@pytest.mark.parametrize("mode", mathematics.MODES)
+def test_a_gold_answer_that_cannot_be_one_is_an_error_and_never_a_score(completion, answer, mode):
+    with pytest.raises(VerifierError, match="the gold answer must be text or a finite number"):
+        verify_math(completion, answer, mode=mode)
+
+
+@pytest.mark.parametrize("answer", [6, 6.0, "6", Fraction(6), "so 2+4=6 #### 6"], ids=repr)
+def test_numbers_and_texts_are_gold_answers(answer):
+    assert verify_math("#### 6", answer) == 1.0 and verify_math("#### 7", answer) == 0.0
