@@ -209,7 +209,7 @@ def screen(state: Snapshot, title: str, seconds: float, events: list[str]):
     if state.waiting_for:
         facts.add_row("next batch", Text(f"waits for {state.waiting_for}"))
     worst = "–" if state.max_staleness is None else f"at most {state.max_staleness:.0f}"
-    facts.add_row("staleness", f"{worst}, bound {state.bound}, dropped {state.dropped:.0f}")
+    facts.add_row("staleness", f"{worst}, bound {state.bound}, {state.dropped:.0f} groups dropped")
     total = sum(state.staleness)
     for lag, count in enumerate(state.staleness):
         facts.add_row("", f"{lag:>2}  {bar(count / total if total else 0, 30)} {count / total if total else 0:6.1%}")

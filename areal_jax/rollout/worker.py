@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import numbers
 import os
 import secrets
 import socket
@@ -302,7 +303,11 @@ class Worker:
             result = SampleFailed(**own, error="workflow_error", detail=f"{type(error).__name__}: {error}"[:2000])
         if isinstance(result, SampleFailed):
             self.counts["samples_failed"] += 1
-        await self._send(result)
+        try:
+            await self._send(result)
+        except (TypeError, ValueError, OverflowError) as error:  # a user's numbers that no message can carry
+            detail = f"what the workflow returned cannot be sent: {error}"
+            await self._send(SampleFailed(**own, error="workflow_error", detail=detail))
 
     # --- Clock -----------------------------------------------------------------------------------------------------
 
@@ -348,3 +353,7 @@ def _check(trajectories: Any) -> None:
             raise ValueError(f"the arrays of a trajectory have different lengths: {lengths}")
         if not t.loss_mask.any():
             raise ValueError("a trajectory has no sampled token")
+        for name, value in (*t.metrics.items(), ("reward", t.reward)):
+            if not isinstance(value, numbers.Real) or (name == "reward" and isinstance(value, bool)):
+                raise TypeError(f"a trajectory's {name!r} is {value!r:.100}, not a number")
+        t.metrics.update({name: float(value) for name, value in t.metrics.items()})

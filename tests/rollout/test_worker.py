@@ -15,6 +15,7 @@ from areal_jax.transport.messages import (
     SampleDone,
     SampleFailed,
     Shutdown,
+    Trajectory,
     UpdateWeights,
     VerifyFailed,
     WeightsLoaded,
@@ -110,6 +111,38 @@ def test_a_workflow_that_returns_nonsense_is_an_error(tmp_path, result):
         assert failed.error == "workflow_error" and "Trajectory" in failed.detail
 
     play(World(tmp_path, workflow=Nonsense()), story)
+
+
+ONES = {"tokens": np.ones(2, np.int32), "loss_mask": np.ones(2, bool), "versions": np.zeros(2, np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("strange", "said"),
+    [
+        ({"metrics": {"note": "text"}}, "'note' is 'text', not a number"),
+        ({"reward": None}, "'reward' is None, not a number"),
+        ({"reward": 1 << 70}, "cannot be sent"),
+        ({"logprobs": np.zeros(2, np.float64)}, "arrays of float64 are not sent"),
+        ({"metrics": {"right": True, "loss": np.float32(0.5), "hash": 1 << 70}}, ""),
+    ],
+)
+def test_numbers_of_a_workflow_are_sent_or_named_and_every_sample_is_answered(tmp_path, strange, said):
+    class Strange:
+        async def run(self, session, record):
+            usual = {"logprobs": np.zeros(2, np.float32), "reward": 1.0, "finish_reason": "stop", "metrics": {}}
+            return [Trajectory(**ONES, **(usual | strange))]
+
+    async def story(world):
+        await world.welcome()
+        await world.assign("x")
+        if said:
+            failed = await world.receive(SampleFailed)
+            assert failed.error == "workflow_error" and said in failed.detail
+        else:
+            done = await world.receive(SampleDone)
+            assert done.trajectories[0].metrics == {"right": 1.0, "loss": 0.5, "hash": float(1 << 70)}
+
+    play(World(tmp_path, workflow=Strange()), story)
 
 
 def test_the_death_of_the_engine_is_reported_and_ends_the_worker(tmp_path):
