@@ -85,6 +85,24 @@ def test_the_quick_start_learns_across_ctrl_c_and_keeps_its_promises(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_few_runs_use_works_together(tmp_path):
+    """Waiting at the bound, groups with something to learn alone, minibatches, a nucleus, an epoch that ends short."""
+    summary = launch(
+        tmp_path / "run", data__train="arithmetic:count=60,seed=1,min_terms=2,max_terms=8", data__eval="",
+        controller__epochs=1, controller__batch_size=8, controller__group_size=4, controller__max_staleness=1,
+        controller__over_age="wait", controller__dynamic_filter=True, rollout__workers=2, rollout__top_p=0.9,
+        trainer__steps=50, trainer__eval_every=0, trainer__proximal="loglinear", trainer__minibatches=2,
+    )  # fmt: skip
+    rows = steps(tmp_path / "run")
+    assert summary["filtered"] > 0 and summary["dropped_stale"] == 0 and summary["failed"] == {}
+    assert summary["filtered"] + sum(row["batch/groups"] for row in rows) == 60
+    assert len(rows) == summary["steps"] < 50 and [row["batch/groups"] for row in rows[:-1]] == [8] * (len(rows) - 1)
+    assert all(row["reward/equal_groups"] == 0 and row["staleness/max"] <= 1 for row in rows)
+    assert all("warning" not in row for row in rows), "sampling from a part is no fault of the engine"
+    assert summary["recompiles_after_warmup"] == 0 and summary["skipped_updates"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason=f"needs the GSM8K file at {GSM8K}")
 def test_real_gsm8k_problems_run_with_truthful_metrics(tmp_path):
     run = tmp_path / "run"
