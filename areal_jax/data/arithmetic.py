@@ -18,17 +18,21 @@ PREFIX = "arithmetic:"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """What "arithmetic:key=value,..." means; each problem has min_terms to max_terms numbers below `10 ** digits`."""
+    """What "arithmetic:key=value,..." means; each problem has min_terms to max_terms numbers below `10 ** digits`.
+
+    How many is the least of `tail` uniform draws: every length as often with 1, a long tail of rare lengths with more.
+    """
 
     count: int = 4096
     seed: int = 0
     min_terms: int = 2
     max_terms: int = 8
+    tail: int = 1
     digits: int = 1
 
     def __post_init__(self):
-        if self.count < 1 or not 2 <= self.min_terms <= self.max_terms or self.digits < 1:
-            raise ValueError(f"count and digits must be at least 1, and 2 <= min_terms <= max_terms, found {self}")
+        if min(self.count, self.tail, self.digits) < 1 or not 2 <= self.min_terms <= self.max_terms:
+            raise ValueError(f"count, tail, digits must be at least 1, and 2 <= min_terms <= max_terms, found {self}")
 
     def __len__(self) -> int:
         return self.count
@@ -38,7 +42,7 @@ class Arithmetic:
         if not 0 <= index < self.count:
             raise IndexError(index)
         random = np.random.default_rng([self.seed, index])
-        length = int(random.integers(self.min_terms, self.max_terms + 1))
+        length = int(random.integers(self.min_terms, self.max_terms + 1, self.tail).min())
         terms = [int(term) for term in random.integers(0, 10**self.digits, length)]
         return {
             "prompt": "+".join(map(str, terms)) + "?",

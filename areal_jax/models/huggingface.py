@@ -367,6 +367,7 @@ def _write_shards(model: Model, params: Params, dtype: np.dtype, max_bytes: int,
             path = os.path.join(folder, file_of(i))
             try:
                 save_file(held, path, metadata={"format": "pt"})
+                os.chmod(path, 0o644)  # safetensors leaves it to its owner alone
             except SafetensorError as error:  # a full disk, in its words
                 raise OSError(errno.EIO, str(error), path) from None
             held.clear()

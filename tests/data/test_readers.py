@@ -1,8 +1,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from areal_jax.data.arithmetic import terms_of
 from areal_jax.data.config import DataConfig
 from areal_jax.data.readers import DataError, load_dataset
 
@@ -85,6 +87,7 @@ def test_missing_empty_and_unknown_data_are_errors(tmp_path):
         ("", "no data set given"),
         ("arithmetic:counts=3", "'counts=3'"),
         ("arithmetic:min_terms=9", "2 <= min_terms <= max_terms"),
+        ("arithmetic:tail=0", "tail, digits must be at least 1"),
     ]:
         with pytest.raises(DataError, match=message):
             load_dataset(spec)
@@ -104,6 +107,17 @@ def test_arithmetic_is_right_repeatable_and_of_the_lengths_asked():
         for term, step in zip(terms[1:], steps.split(";")):
             left, right = step.split("=")
             assert eval(left) == int(right) and left.endswith(f"+{term}")
+
+
+def test_a_tail_makes_long_problems_rare():
+    lengths = {
+        tail: [len(terms_of(record["prompt"])) for record in load_dataset(f"arithmetic:max_terms=16,tail={tail}")]
+        for tail in (1, 3)
+    }
+    least_of_three = sum(n * ((17 - n) ** 3 - (16 - n) ** 3) for n in range(2, 17)) / 15**3
+    assert np.mean(lengths[1]) == pytest.approx(9.0, abs=0.2)
+    assert np.mean(lengths[3]) == pytest.approx(least_of_three, abs=0.2)
+    assert min(lengths[3]) == 2 and max(lengths[3]) >= 15
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared GSM8K files")

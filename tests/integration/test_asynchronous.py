@@ -18,7 +18,7 @@ SUMMARY = {
     "dropped_stale", "recompiles_after_warmup", "trainer_idle_fraction", "rollout_idle_fraction",
     "generated_tokens_per_second",
 }  # fmt: skip
-STEPS = 20
+STEPS = 30
 
 
 def ctrl_c_after(workdir: Path, step: int, *settings: str) -> int:
@@ -64,7 +64,7 @@ def test_the_quick_start_learns_across_ctrl_c_and_keeps_its_promises(tmp_path):
     summary = launch(run, **settings)
     assert processes_of(run) == [] and summary.keys() >= SUMMARY
     assert summary["accuracy_before"] < 0.5 and summary["accuracy_after"] > summary["accuracy_before"] + 0.2
-    assert summary["trained_samples"] == STEPS * 32 * 8 and summary["failed"] == {}
+    assert summary["trained_samples"] == STEPS * 16 * 8 and summary["failed"] == {}
     assert 0 < summary["max_staleness"] <= summary["staleness_bound"] == 4
     assert summary["recompiles_after_warmup"] == 0
     assert 0 <= summary["trainer_idle_fraction"] <= 1 and 0 <= summary["rollout_idle_fraction"] <= 1
@@ -76,7 +76,7 @@ def test_the_quick_start_learns_across_ctrl_c_and_keeps_its_promises(tmp_path):
     assert measured and all(row["mismatch/logprob_abs_diff_mean"] < 1e-4 for row in measured)
     assert all(row["staleness/max"] <= 4 for row in rows)
     for row in rows:
-        assert sum(row["staleness/hist"]) == row["batch/samples"] == 256
+        assert sum(row["staleness/hist"]) == row["batch/samples"] == 128
         assert row["time/step"] == pytest.approx(row["time/train"] + row["time/wait_for_batch"], abs=0.5)
 
     done = python("-m", "areal_jax.eval", f"--run={run}", timeout=300)
@@ -88,7 +88,7 @@ def test_the_quick_start_learns_across_ctrl_c_and_keeps_its_promises(tmp_path):
 def test_what_few_runs_use_works_together(tmp_path):
     """Waiting at the bound, groups with something to learn alone, minibatches, a nucleus, an epoch that ends short."""
     summary = launch(
-        tmp_path / "run", data__train="arithmetic:count=60,seed=1,min_terms=2,max_terms=8", data__eval="",
+        tmp_path / "run", data__train="arithmetic:count=60,seed=1", data__eval="",
         controller__epochs=1, controller__batch_size=8, controller__group_size=4, controller__max_staleness=1,
         controller__over_age="wait", controller__dynamic_filter=True, rollout__workers=2, rollout__top_p=0.9,
         trainer__steps=50, trainer__eval_every=0, trainer__proximal="loglinear", trainer__minibatches=2,

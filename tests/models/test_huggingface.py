@@ -88,6 +88,7 @@ def test_size_limited_shards_have_an_index_and_load(folder, tmp_path):
         assert sum(t.nbytes for t in tensors.values()) <= 40_000 and all(
             index["weight_map"][n] == file for n in tensors
         )
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in (tmp_path / "out").iterdir()), "others may read it"
     assert (tmp_path / "out/chat_template.jinja").read_text() == "contents of chat_template.jinja"
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
     _, again = models.load_hf(tmp_path / "out")
