@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Asynchronous against synchronous RL, on this machine, for the same number of trained samples.
 
-    python tools/bench_async.py --config configs/quickstart.py --steps 40 --json bench.json --plot bench.png
+    python tools/bench_async.py --config configs/quickstart.py --steps 80 --json bench.json --plot bench.png
 
 Runs the same job once per mode (and repeat), each from the same checkpoint, and prints one table: trained tokens per
 second, seconds of training, idle share of each side, final accuracy. Seconds count from the first batch to the last
@@ -130,7 +130,7 @@ def engine_rate(options: argparse.Namespace, engine: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.py")
-    parser.add_argument("--steps", type=int, default=40, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=80, help="training steps of each run")
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated, of " + ", ".join(MODES))
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--workdir", type=Path, default=Path("runs/bench_async"), help="a new folder for the runs")
