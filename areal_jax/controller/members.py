@@ -21,10 +21,8 @@ class Members(Scheduler):
         """A role is there, or there again: then it keeps those samples that it says it runs, and loses the others."""
         self.telemetry.hello(hello, now)
         self.missing.pop(hello.name, None)
-        self.send(hello.name, self._welcome())
+        self.send(hello.name, m.Welcome(heartbeat_seconds=self.config.heartbeat_seconds))
         if hello.role != "rollout":
-            for worker in self.fleet:
-                self.send(worker.name, self._welcome())
             return
         if (loss := self.unreached.pop(hello.name, None)) and loss.process != _process(hello):
             self._had_died(loss)
@@ -43,11 +41,6 @@ class Members(Scheduler):
         if strangers:
             self.send(hello.name, m.Cancel(tasks=sorted(strangers)))
         self._schedule(now)
-
-    def _welcome(self) -> m.Welcome:
-        return m.Welcome(
-            run="", heartbeat_seconds=self.config.heartbeat_seconds, reward_endpoints=self.telemetry.reward_endpoints()
-        )
 
     def _keeps(self, worker: Worker, group: int, sample: int, attempt: int) -> bool:
         """Whether `worker` runs this attempt, or may go on with it."""

@@ -248,7 +248,7 @@ def test_a_restarted_controller_is_greeted_again_and_told_what_runs(tmp_path):
             await world.say(Refused(reason=HELLO_FIRST))
         assert message.version == 0 and message.running == [(0, 0, 2), (0, 1, 2)]
         assert message.life == first.life, "the same process, though others may have its number"
-        await world.say(Welcome(run="test", heartbeat_seconds=0.02))
+        await world.say(Welcome(heartbeat_seconds=0.02))
         await world.say(Cancel(tasks=[(0, 0)]))
         while not world.engine.cancelled:  # before the other may end: its score comes by another socket
             await world.controller.receive()
