@@ -135,6 +135,11 @@ def unknown_key(key: str, known: Iterable[str], prefix: str = "") -> ConfigError
     return ConfigError(f"unknown key '{prefix}{key}'" + (f"; did you mean '{prefix}{close[0]}'?" if close else ""))
 
 
+def one_line(text: object) -> str:
+    """The text of an error, say, without its line breaks."""
+    return " ".join(str(text).split())
+
+
 def _convert(key: str, kind: type, value: Any) -> Any:
     """`value` as `kind` when that loses nothing."""
     if kind is float and type(value) is int:
