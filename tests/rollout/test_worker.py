@@ -141,6 +141,8 @@ def test_numbers_of_a_workflow_are_sent_or_named_and_every_sample_is_answered(tm
         else:
             done = await world.receive(SampleDone)
             assert done.trajectories[0].metrics == {"right": 1.0, "loss": 0.5, "hash": float(1 << 70)}
+        counted = (await world.heartbeat("waiting:controller")).counters
+        assert (counted.get("samples_failed", 0), counted.get("samples_done", 0)) == ((1, 0) if said else (0, 1))
 
     play(World(tmp_path, workflow=Strange()), story)
 
