@@ -36,7 +36,7 @@ class RunConfig:
     """What stands above the sections."""
 
     name: str = "run"  # shown in the live view, and the run's name in Weights & Biases
-    seed: int = 1  # of everything random: data order, sampling, initialisation
+    seed: int = 1  # of the data's order and of sampling
     model: str = ""  # path of a Hugging Face folder: config.json, safetensors, tokenizer
 
 
