@@ -36,7 +36,7 @@ class RunConfig:
     """What stands above the sections."""
 
     name: str = "run"  # shown in the live view, and the run's name in Weights & Biases
-    seed: int = 1  # of everything random: data order, sampling, initialisation
+    seed: int = 1  # of the data's order and of sampling
     model: str = ""  # path of a Hugging Face folder: config.json, safetensors, tokenizer
 
 
@@ -133,6 +133,11 @@ def unknown_key(key: str, known: Iterable[str], prefix: str = "") -> ConfigError
     """The error for a setting that does not exist, with the nearest one that does."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return ConfigError(f"unknown key '{prefix}{key}'" + (f"; did you mean '{prefix}{close[0]}'?" if close else ""))
+
+
+def one_line(text: object) -> str:
+    """The text of an error, say, without its line breaks."""
+    return " ".join(str(text).split())
 
 
 def _convert(key: str, kind: type, value: Any) -> Any:

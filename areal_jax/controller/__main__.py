@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from areal_jax import config as configuration
+from areal_jax import config as configs
 from areal_jax.controller.config import ControllerConfig
 from areal_jax.controller.core import Core, Silent
 from areal_jax.controller.journal import Journal
@@ -43,12 +43,12 @@ def make_core(
 
     `going_on()` is called now and then: reading the data may take minutes.
     """
-    data = configuration.section(DataConfig, config["data"], "data")
+    data = configs.section(DataConfig, config["data"])
     train = _load("train", data, config, going_on)
     evaluation = _load("eval", data, config, going_on) if data.eval else Dataset("", [])
     limit = data.eval_limit if data.eval_limit > 0 else len(evaluation)
     return Core(
-        configuration.section(ControllerConfig, config["controller"], "controller"),
+        configs.section(ControllerConfig, config["controller"]),
         train,
         [evaluation[i] for i in range(min(limit, len(evaluation)))],
         seed=config["seed"],
@@ -104,7 +104,7 @@ async def serve(core: Core, config: dict[str, Any], workdir: Path) -> str | None
         report_silence(workdir, silent.name, Silence(silent.host, silent.pid, silent.seconds, silent.phase))
 
     async with insist(lambda: Server(core.config.address, "controller", workdir), limit, sleep=wait) as server:
-        service = Service(core, server, config["name"], journal=journal, on_silence=on_silence)
+        service = Service(core, server, journal=journal, on_silence=on_silence)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.end, f"the controller got {number.name}")
@@ -116,14 +116,14 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, required=True, help="the run's folder, with its config.json")
     workdir = parser.parse_args().workdir
     try:
-        config = configuration.load(workdir)
+        config = configs.load(workdir)
         limit, wait = config["controller"]["disk_limit"], partial(still_starting, workdir, "controller")
         incarnation = insist(lambda: next_incarnation(workdir), limit, sleep=wait)
         core = make_core(config, incarnation, time.monotonic(), going_on=wait)
         diagnosis = asyncio.run(serve(core, config, workdir))
     except DiskFull as error:
         diagnosis = str(error)
-    except (configuration.ConfigError, DataError, StateError, TransportError, VerifierError) as error:
+    except (configs.ConfigError, DataError, StateError, TransportError, VerifierError) as error:
         print(f"controller: {error}", file=sys.stderr)
         return WRONG_SETTING
     if diagnosis:

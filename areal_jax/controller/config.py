@@ -1,4 +1,4 @@
-"""Settings of the controller; see docs/config.md for the meaning of each in a run."""
+"""Settings of the controller."""
 
 import dataclasses
 
@@ -14,9 +14,9 @@ class ControllerConfig:
     epochs: int = 0  # passes over the data; 0: until the trainer has its steps
     shuffle: bool = True
     max_attempts: int = 3  # tries of one sample before its prompt is quarantined
-    heartbeat_seconds: float = 1.0
+    heartbeat_seconds: float = 1.0  # between two signs of life of every process
     heartbeat_limit: float = 30.0  # silent so long: taken for dead; a worker that is silent twice as long is replaced
     progress_limit: float = 600.0  # no sample finished and no batch taken for so long: end with a diagnosis
     disk_limit: float = 600.0  # seconds to wait for room when the journal or the trainer's record cannot be written
     address: str = "tcp://127.0.0.1:*"  # where to listen; "*": any free port, written to the run's folder
-    eval_samples_per_prompt: int = 1
+    eval_samples_per_prompt: int = 1  # answers to each problem of an evaluation

@@ -254,8 +254,6 @@ class Core(Members):
         """This process itself did nothing for so long: nobody is to blame for what was not heard meanwhile."""
         for party in (*self.telemetry.parties.values(), *self.missing.values()):
             party.heard = min(now, party.heard + seconds)
-        for worker in self.fleet:
-            worker.heard = min(now, worker.heard + seconds)
         self.progress_at = min(now, self.progress_at + seconds)
         self.telemetry.note(f"the controller itself stood still for {seconds:.0f} s", now)
 

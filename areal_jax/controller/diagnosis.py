@@ -69,8 +69,7 @@ def _worker(core: Core, worker: Worker, now: float) -> str:
         doing.append(f"{len(worker.evaluating)} evaluation samples at version {worker.version}")
     if worker.updating is not None:
         doing.append(f"loading version {worker.updating} for {now - worker.updating_since:.1f} s")
-    heard = f"last heard {now - worker.heard:.1f} s ago: {worker.phase}"
-    return f"{worker.name}: {' and '.join(doing) or 'nothing to do'}, {heard}"
+    return f"{worker.name}: {' and '.join(doing) or 'nothing to do'}, {_heard(core, worker.name, now)}"
 
 
 def _fleet(core: Core, now: float) -> str:
@@ -78,16 +77,17 @@ def _fleet(core: Core, now: float) -> str:
     shown = "; ".join(
         f"{worker.name} has version {worker.version} and room for {core.fleet.room(worker)}"
         + (f", {worker.loads_failed} loads of new weights failed" if worker.loads_failed else "")
-        + f", last heard {now - worker.heard:.1f} s ago: {worker.phase}"
+        + f", {_heard(core, worker.name, now)}"
         for worker in workers[:SHOWN]
     )
     return shown or "no rollout worker is there"
 
 
 def _role(core: Core, role: str, now: float) -> str:
-    known = [party for party in core.telemetry.parties.values() if party.role == role]
-    if not known:
-        return f"no {role} has said hello"
-    return "; ".join(
-        f"{party.name}, last heard {now - party.heard:.1f} s ago: {party.phase}" for party in known[:SHOWN]
-    )
+    known = [party.name for party in core.telemetry.parties.values() if party.role == role]
+    return "; ".join(f"{name}, {_heard(core, name, now)}" for name in known[:SHOWN]) or f"no {role} has said hello"
+
+
+def _heard(core: Core, name: str, now: float) -> str:
+    party = core.telemetry.parties[name]
+    return f"last heard {now - party.heard:.1f} s ago: {party.phase}"

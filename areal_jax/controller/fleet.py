@@ -23,8 +23,6 @@ class Worker:
     updating_to: float = 0.0  # when that version was published: a life that went back may use its number again
     loads_failed: int = 0  # in a row; it is told again after a pause
     retry_at: float = 0.0
-    heard: float = 0.0
-    phase: str = "starting"
     timings: dict[str, float] = field(default_factory=dict)  # of its last load
 
     @property

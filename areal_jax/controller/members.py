@@ -21,10 +21,8 @@ class Members(Scheduler):
         """A role is there, or there again: then it keeps those samples that it says it runs, and loses the others."""
         self.telemetry.hello(hello, now)
         self.missing.pop(hello.name, None)
-        self.send(hello.name, self._welcome())
+        self.send(hello.name, m.Welcome(heartbeat_seconds=self.config.heartbeat_seconds))
         if hello.role != "rollout":
-            for worker in self.fleet:
-                self.send(worker.name, self._welcome())
             return
         if (loss := self.unreached.pop(hello.name, None)) and loss.process != _process(hello):
             self._had_died(loss)
@@ -36,18 +34,13 @@ class Members(Scheduler):
             known = self.fleet.workers[hello.name] = Worker(hello.name, max(1, hello.slots), -1, _process(hello))
         if hello.version != known.version:  # weights newer than ours, or of a former life, are weights the trainer lost
             known.version = hello.version if hello.version <= self.version and not self.lives else -1
-        known.heard, known.updating = now, None
+        known.updating = None
         still = {(group, i) for group, i, attempt in hello.running if self._keeps(known, group, i, attempt)}
         self._take_away(known, known.running - still, known.evaluating - still)
         strangers = {(group, sample) for group, sample, _ in hello.running} - still
         if strangers:
             self.send(hello.name, m.Cancel(tasks=sorted(strangers)))
         self._schedule(now)
-
-    def _welcome(self) -> m.Welcome:
-        return m.Welcome(
-            run="", heartbeat_seconds=self.config.heartbeat_seconds, reward_endpoints=self.telemetry.reward_endpoints()
-        )
 
     def _keeps(self, worker: Worker, group: int, sample: int, attempt: int) -> bool:
         """Whether `worker` runs this attempt, or may go on with it."""
@@ -90,8 +83,6 @@ class Members(Scheduler):
         """`name` has said something."""
         if party := self.telemetry.parties.get(name):
             party.heard = now
-        if worker := self.fleet.workers.get(name):
-            worker.heard = now
 
     def knows(self, name: str) -> bool:
         """Whether `name` has said hello and is not taken for dead."""
@@ -99,8 +90,6 @@ class Members(Scheduler):
 
     def heartbeat(self, beat: m.Heartbeat, now: float) -> None:
         self.telemetry.heartbeat(beat, now)
-        if worker := self.fleet.workers.get(beat.name):
-            worker.heard, worker.phase = now, beat.phase
 
     def goodbye(self, name: str, now: float, *, died: bool = False, reason: str = "") -> None:
         """A role ends, in good order or not: what it ran goes to others.

@@ -27,7 +27,6 @@ class Party:
     host: str
     pid: int
     heard: float
-    endpoint: str = ""
     phase: str = "starting"
     clock: dict[str, float] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
@@ -61,7 +60,7 @@ class Telemetry:
     # --- Roles -----------------------------------------------------------------------------------------------------
 
     def hello(self, hello: Hello, now: float) -> None:
-        self.parties[hello.name] = Party(hello.role, hello.name, hello.host, hello.pid, now, hello.endpoint)
+        self.parties[hello.name] = Party(hello.role, hello.name, hello.host, hello.pid, now)
         self.note(f"{hello.name} said hello from {hello.host} (process {hello.pid})", now)
 
     def heartbeat(self, beat: Heartbeat, now: float) -> None:
@@ -78,10 +77,6 @@ class Telemetry:
         party.clock, party.counters, party.gauges = beat.clock, beat.counters, beat.gauges
         party.beats += 1
 
-    def heard(self, name: str, now: float) -> None:
-        if name in self.parties:
-            self.parties[name].heard = now
-
     def gone(self, name: str) -> Party | None:
         """Forget `name`."""
         return self.parties.pop(name, None)
@@ -89,9 +84,6 @@ class Telemetry:
     def silent(self, now: float, limit: float) -> list[Party]:
         """Forget the parties that have said nothing for more than `limit` seconds, and return them."""
         return [self.parties.pop(p.name) for p in list(self.parties.values()) if now - p.heard > limit]
-
-    def reward_endpoints(self) -> list[str]:
-        return [party.endpoint for party in self.parties.values() if party.role == "rewards" and party.endpoint]
 
     # --- Samples and batches ---------------------------------------------------------------------------------------
 

@@ -38,13 +38,12 @@ class Service:
         self,
         core: Core,
         server: Server,
-        run: str,
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
         on_silence: Callable[[Silent], None] = lambda silent: None,
     ):
         self._on_silence = on_silence
-        self.core, self.server, self._run, self._clock, self._journal = core, server, run, clock, journal
+        self.core, self.server, self._clock, self._journal = core, server, clock, journal
         self._journaled_at, self._dirty = clock(), False
         self._disk, self._tried_at = Waiting(core.config.disk_limit), 0.0
         self._unsaid: list[Silent] = []  # that could not be written down yet
@@ -306,11 +305,8 @@ class Service:
         self.core.telemetry.note(text, now)
 
     async def _send(self, action: Send, now: float) -> None:
-        message = action.message
-        if isinstance(message, m.Welcome):
-            message = m.Welcome(self._run, message.heartbeat_seconds, message.reward_endpoints)
         peer = self._peers.get(action.to)
-        if peer is not None and not await self.server.send(Peer(peer.identity), message):
+        if peer is not None and not await self.server.send(Peer(peer.identity), action.message):
             self.core.unreachable(action.to, now)
 
 

@@ -12,7 +12,7 @@ class DataConfig:
     fields: dict = dataclasses.field(default_factory=dict)  # our name: its place in a record ({"answer": "a.truth"})
     template: str = "auto"  # "chat", "none", or "auto": the checkpoint's chat template where it has one
     system_prompt: str = ""
-    prompt_suffix: str = ""
+    prompt_suffix: str = ""  # behind every prompt's text
     max_prompt_tokens: int = 0  # 0: rollout.max_length - rollout.max_new_tokens; less than rollout.max_length
     too_long: str = "error"  # a prompt longer than that: "error" or "skip" (counted)
     bad_record: str = "error"  # malformed, or no gold answer to judge by: "error" (names the line) or "skip" (counted)

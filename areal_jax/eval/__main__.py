@@ -48,10 +48,9 @@ from areal_jax.rewards.loading import record_check
 from areal_jax.rewards.outcome import VerifierError
 from areal_jax.rewards.pool import VerifierPool
 from areal_jax.rewards.service import recipe_of
-from areal_jax.rollout.__main__ import stop_token_ids
 from areal_jax.rollout.config import RolloutConfig
-from areal_jax.rollout.engine import EngineDied, Sampling, WeightsRefused
-from areal_jax.rollout.factory import make_engine
+from areal_jax.rollout.engine import EngineDied, WeightsRefused
+from areal_jax.rollout.factory import make_engine, samplings
 from areal_jax.rollout.workflows import load_workflow
 from areal_jax.weights import Publisher
 
@@ -128,12 +127,6 @@ async def evaluate(config: dict[str, Any], records: list[dict], tokenizer: Any, 
     rollout = configs.section(RolloutConfig, config["rollout"])
     rewards = configs.section(RewardsConfig, config["rewards"])
     samples = config["controller"]["eval_samples_per_prompt"]
-    sampling = Sampling(
-        temperature=rollout.eval_temperature,
-        max_new_tokens=rollout.max_new_tokens,
-        min_new_tokens=rollout.min_new_tokens,
-        stop_token_ids=stop_token_ids(config["model"], tokenizer),
-    )
     workflow = load_workflow(rollout.workflow, rollout.workflow_args)
     with tempfile.TemporaryDirectory(prefix="areal_jax-eval-") as folder:
         engine = make_engine(rollout, config["model"], seed=config["seed"], workdir=folder)
@@ -147,7 +140,7 @@ async def evaluate(config: dict[str, Any], records: list[dict], tokenizer: Any, 
                     workflow=workflow,
                     tokenizer=tokenizer,
                     verifier=LocalVerifier(pool, recipe_of(rewards)),
-                    sampling=sampling,
+                    sampling=samplings(rollout, config["model"], tokenizer)[1],
                     data=configs.section(DataConfig, config["data"]),
                     seed=config["seed"],
                     attempts=config["controller"]["max_attempts"],

@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from areal_jax.config import SECTIONS, ConfigError, RunConfig, unknown_key
+from areal_jax.config import SECTIONS, ConfigError, RunConfig, one_line, unknown_key
 
 _FREE_FORM = object()
 
@@ -79,11 +79,11 @@ def load_file(path: str) -> ConfigDict:
     except KeyError as error:
         if error.args == ("get_config",):
             raise ConfigError(f"the config file '{path}' defines no get_config()") from None
-        raise ConfigError(f"the config file '{path}' raises KeyError: {_line(error)}") from None
+        raise ConfigError(f"the config file '{path}' raises KeyError: {one_line(error)}") from None
     except AttributeError as error:
         raise _unknown_attribute(path, str(error)) from None
     except Exception as error:  # it is a program, and may raise anything
-        raise ConfigError(f"the config file '{path}' raises {type(error).__name__}: {_line(error)}") from None
+        raise ConfigError(f"the config file '{path}' raises {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config() of '{path}' returns a {type(config).__name__}, not a ConfigDict")
     return config
@@ -152,14 +152,10 @@ def _unknown_attribute(path: str, message: str) -> ConfigError:
     """ml_collections' refusal of an unknown key, with a suggestion instead of the list of all keys."""
     found = re.search(r'Key "([\w.]+)" does not exist', message)
     if found is None:
-        return ConfigError(f"the config file '{path}' raises AttributeError: {' '.join(message.split())}")
+        return ConfigError(f"the config file '{path}' raises AttributeError: {one_line(message)}")
     last = {key.rpartition(".")[2]: key for key in reversed(known_keys())}
     error = str(unknown_key(found.group(1), last))
     suggested = re.search(r"did you mean '(\w+)'", error)
     if suggested:
         error = error.replace(f"mean '{suggested.group(1)}'", f"mean '{last[suggested.group(1)]}'")
     return ConfigError(f"{error} (in {path})")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

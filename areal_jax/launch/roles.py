@@ -6,13 +6,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from areal_jax.config import ConfigError
-from areal_jax.launch.supervisor import Role
-
-ROOT = str(Path(__file__).resolve().parents[2])
+from areal_jax.launch.supervisor import Role, own_env
 
 # On CPUs, XLA takes and returns large buffers in every step. glibc would give them back to the kernel each time, and a
 # third of a training step would go to page faults; with these it keeps them, in one heap. Without the cache of each
@@ -32,12 +29,14 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
     launch, workdir = config["launch"], os.path.abspath(workdir)
     base = _base_env(config)
     gpus = GpuShares(launch["rollout_gpus"], config["rollout"]["workers"], config["trainer"]["processes"])
-    keep = {} if visible_gpus() else KEEP_BUFFERS
+    keepers = ("trainer", "rollout") if config["rollout"]["engine"] == "jax" else ("trainer",)
+    keepers = () if visible_gpus() else keepers
 
     def role(kind: str, name: str, arguments: list[str], extra: Mapping[str, Any], **options) -> Role:
         python = (config["rollout"]["python"] or sys.executable) if kind == "rollout" else sys.executable
         command = (python, "-m", f"areal_jax.{kind}", "--workdir", workdir, *arguments)
-        env = base | {key: str(value) for key, value in (launch["env"] | dict(extra)).items()}
+        settings = {key: str(value) for key, value in (launch["env"] | dict(extra)).items()}
+        env = keeping_buffers(base, settings) if kind in keepers else base | settings
         return Role(name=name, command=command, env=env, **options)
 
     restarts = launch["restarts"]
@@ -51,21 +50,28 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
     for i in range(config["trainer"]["processes"]):
         name = f"trainer-{i}"
         leaders.append(name)
-        extra = keep | gpus.trainer(i) | launch["trainer_env"]
+        extra = gpus.trainer(i) | launch["trainer_env"]
         # Several JAX processes are one program: when one dies the others cannot go on, so none is restarted alone.
         again = launch["trainer_restarts"] if config["trainer"]["processes"] == 1 else 0
         roles.append(role("trainer", name, ["--process", str(i)], extra, restarts=again))
     for i in range(config["rollout"]["workers"]):
-        extra = (keep if config["rollout"]["engine"] == "jax" else {}) | gpus.rollout(i) | launch["rollout_env"]
+        extra = gpus.rollout(i) | launch["rollout_env"]
         options = {"restarts": restarts, "nice": launch["rollout_nice"], "peers": "rollout"}
         roles.append(role("rollout", f"rollout-{i}", ["--index", str(i)], extra, **options))
     return roles, leaders
 
 
+def keeping_buffers(env: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
+    """`env` with `KEEP_BUFFERS` and then `settings`; what was tuned of glibc besides stays tuned."""
+    ours, theirs = KEEP_BUFFERS["GLIBC_TUNABLES"], {**env, **settings}.get("GLIBC_TUNABLES", "")
+    tunables = theirs if ours in theirs.split(":") else ":".join(filter(None, (ours, theirs)))
+    return {**env, **KEEP_BUFFERS, **settings, "GLIBC_TUNABLES": tunables}
+
+
 def as_role() -> None:
     """Starts this program again with the environment of a role that computes on CPUs, unless it has it: for tools."""
-    if not visible_gpus() and not KEEP_BUFFERS.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEEP_BUFFERS)
+    if not visible_gpus() and (env := keeping_buffers(os.environ, {})) != os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
 
 
 class GpuShares:
@@ -106,8 +112,7 @@ def visible_gpus() -> list[str]:
 
 def _base_env(config: Mapping[str, Any]) -> dict[str, str]:
     """What all roles inherit: this process's environment, the place of `areal_jax`, and quiet, offline libraries."""
-    path = os.environ.get("PYTHONPATH", "")
-    env = os.environ | {"PYTHONPATH": ROOT + (os.pathsep + path if path else ""), "PYTHONUNBUFFERED": "1"}
+    env = own_env() | {"PYTHONUNBUFFERED": "1"}
     env.setdefault("HF_HUB_OFFLINE", "1")
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     env.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

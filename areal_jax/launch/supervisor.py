@@ -26,6 +26,7 @@ from areal_jax.metrics.trained import last_trained
 from areal_jax.transport.endpoints import endpoint_mark, starting_mark
 from areal_jax.transport.silence import take_silence
 
+ROOT = str(Path(__file__).resolve().parents[2])
 STABLE_SECONDS = 60.0  # a role that has lived for so long (a leader: and got further) has its restarts forgiven
 FINAL = (WRONG_SETTING, CANNOT_GO_ON)  # starting the role again changes nothing
 FAREWELL_SECONDS = 60.0  # how far apart the trainer and the others may end by themselves
@@ -335,7 +336,7 @@ class Supervisor:
         self._guarded_at = self._clock()
         held = () if self._lock is None else (self._lock,)
         self._guardian = subprocess.Popen(
-            (*guard, *map(str, held)), stdin=subprocess.PIPE, bufsize=0, process_group=0, env=_own_env(), pass_fds=held
+            (*guard, *map(str, held)), stdin=subprocess.PIPE, bufsize=0, process_group=0, env=own_env(), pass_fds=held
         )
         for process in self._processes.values():
             if process.popen is not None and not process.swept:
@@ -390,8 +391,7 @@ def _looks_like_error(line: str) -> bool:
     )  # fmt: skip
 
 
-def _own_env() -> dict[str, str]:
+def own_env() -> dict[str, str]:
     """This process's environment, with the folder that `areal_jax` was found in."""
-    root = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH", "")
-    return os.environ | {"PYTHONPATH": root + (os.pathsep + path if path else "")}
+    return os.environ | {"PYTHONPATH": ROOT + (os.pathsep + path if path else "")}

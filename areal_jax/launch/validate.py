@@ -14,12 +14,14 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from areal_jax.config import ConfigError, resolve, section
+from areal_jax.config import ConfigError, one_line, resolve, section
 from areal_jax.data.config import DataConfig
 from areal_jax.data.prompts import fitting, prompt_limit
 from areal_jax.data.readers import DataError, load_dataset
 from areal_jax.launch.fit import check_memory, gpu_memory
 from areal_jax.rewards.config import RewardsConfig
+from areal_jax.transport.endpoints import split_address
+from areal_jax.transport.errors import TransportError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _CHOICES = {
@@ -214,10 +216,10 @@ def check_addresses(config: Mapping[str, Any]) -> None:
     taken: dict[str, str] = {}
     for key in ("controller.address", "rewards.address"):
         address = _get(config, key)
-        scheme, _, rest = address.partition("://")
-        host, _, port = rest.rpartition(":")
-        if scheme != "tcp" or not host or not (port == "*" or port.isdigit()):
-            raise ConfigError(f"{key}={address!r} is not an address; write tcp://HOST:PORT or tcp://HOST:*")
+        try:
+            host, port = split_address(address)
+        except TransportError as error:
+            raise ConfigError(f"{key}: {error}") from None
         if port == "*":
             continue
         if address in taken or (key == "rewards.address" and config["rewards"]["services"] > 1):
@@ -249,17 +251,17 @@ def check_rewards(config: Mapping[str, Any]) -> None:
         try:
             check_arguments(load_verifier(path), arguments)
         except VerifierError as error:
-            raise ConfigError(f"rewards.verifiers: {_line(error)}") from None
+            raise ConfigError(f"rewards.verifiers: {one_line(error)}") from None
     try:
         recipe_of(section(RewardsConfig, config["rewards"]))
     except ValueError as error:
-        raise ConfigError(f"rewards: {_line(error)}") from None
+        raise ConfigError(f"rewards: {one_line(error)}") from None
     rollout = config["rollout"]
     try:
         check_workflow(rollout["workflow"], rollout["workflow_args"])
         check_engine_args(rollout["engine"], rollout["engine_args"])
     except ValueError as error:
-        raise ConfigError(_line(error)) from None
+        raise ConfigError(one_line(error)) from None
 
 
 def check_model(config: Mapping[str, Any]) -> None:
@@ -280,7 +282,7 @@ def check_model(config: Mapping[str, Any]) -> None:
     try:
         model = ModelConfig.from_hf(folder)
     except (ModelError, json.JSONDecodeError) as error:
-        raise ConfigError(f"model '{folder}': {_line(error)}") from None
+        raise ConfigError(f"model '{folder}': {one_line(error)}") from None
     if config["rollout"]["max_length"] > model.max_positions:
         raise ConfigError(
             f"rollout.max_length={config['rollout']['max_length']} is longer than the model's context of "
@@ -302,7 +304,7 @@ def load_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a broken folder
-        raise ConfigError(f"the tokenizer in '{folder}' cannot be loaded: {_line(error)}") from None
+        raise ConfigError(f"the tokenizer in '{folder}' cannot be loaded: {one_line(error)}") from None
 
 
 def check_data(config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None) -> None:
@@ -322,7 +324,7 @@ def check_data(config: Mapping[str, Any], tell: Callable[[str], None] = lambda l
                 tell(f"data.{key}: measuring {len(dataset):,} prompts, which takes a while")
             kept = fitting(dataset, tokenizer, data, limit)
         except (DataError, ValueError) as error:
-            raise ConfigError(f"data.{key}: {_line(error)}") from None
+            raise ConfigError(f"data.{key}: {one_line(error)}") from None
         too_long = kept.skipped[len(dataset.skipped) :]
         if too_long and data.too_long == "error":
             raise ConfigError(
@@ -337,7 +339,7 @@ def check_data(config: Mapping[str, Any], tell: Callable[[str], None] = lambda l
                 f"data.train: {len(kept)} prompts are fewer than one batch (controller.batch_size={batch})"
             )
         if kept.left_out:
-            tell(f"data.{key}: {_line(kept.left_out)}")
+            tell(f"data.{key}: {one_line(kept.left_out)}")
 
 
 def check_programs(config: Mapping[str, Any]) -> None:
@@ -350,7 +352,3 @@ def check_programs(config: Mapping[str, Any]) -> None:
 def _get(config: Mapping[str, Any], key: str) -> Any:
     name, field = key.split(".")
     return config[name][field]
-
-
-def _line(error: BaseException | str) -> str:
-    return " ".join(str(error).split())

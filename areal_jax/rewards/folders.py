@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 _PREFIX, _MARKER = "areal-jax-", ".areal-jax-verifier"  # of the folders' names; a file in each of them
+REMOVE_SECONDS = 60.0  # for each of two programs; what is left then is for whoever comes later
 
 
 def make_folder(kind: str = "verifier") -> tuple[str, int]:
@@ -45,8 +46,11 @@ def sweep_folders() -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Removes a folder that a verifier or a program under test has filled, however deep."""
-    try:
+    """Removes a folder that a verifier or a program under test has filled, however deep, and whatever it hides."""
+    with contextlib.suppress(RecursionError):
         shutil.rmtree(path, ignore_errors=True)
-    except RecursionError:
-        subprocess.run(["rm", "-rf", "--", path], check=False)
+    # rmtree takes a frame and a descriptor for every level, and leaves what it may not enter; these programs do not.
+    for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]) if os.path.isdir(path) else ():
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": REMOVE_SECONDS}
+            subprocess.run([*command, "--", path], check=False, **quiet)

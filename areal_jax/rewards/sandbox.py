@@ -176,12 +176,13 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def over_disk(self) -> bool:
-        """Whether the scratch folder holds too much; bubblewrap's is a file system of limited size."""
+        """Whether the scratch folder holds too much, or hides what it holds; bubblewrap's is a file system of limited
+        size."""
         if not self.scratch:
             return False
-        total, entries = 0, 0
+        total, entries, unseen = 0, 0, []
         try:
-            for folder, folders, names in os.walk(self.scratch):
+            for folder, folders, names in os.walk(self.scratch, onerror=unseen.append):
                 entries += len(folders) + len(names)
                 if entries > self.limits.files:
                     return True
@@ -190,7 +191,7 @@ class Child:
                         total += os.lstat(os.path.join(folder, name)).st_size
         except RecursionError:
             return True
-        return total > self.limits.disk_bytes
+        return total > self.limits.disk_bytes or any(isinstance(error, PermissionError) for error in unseen)
 
     def close(self) -> None:
         """Kills what is left, reaps, and removes the scratch folder."""

@@ -79,8 +79,7 @@ class RewardService:
 
     def hello(self) -> Hello:
         """How this service introduces itself."""
-        host, endpoint = socket.gethostname(), self.server.endpoint
-        return Hello(role="rewards", name=self.name, host=host, pid=os.getpid(), endpoint=endpoint)
+        return Hello(role="rewards", name=self.name, host=socket.gethostname(), pid=os.getpid())
 
     def stop(self, code: int, reason: str) -> None:
         """Ends `run`; the first call counts."""

@@ -1,7 +1,6 @@
 """Terms that shape the trained reward without saying whether an answer is right: length and format."""
 
 import re
-from typing import Any
 
 from areal_jax.rewards.outcome import VerifierError
 
@@ -28,8 +27,3 @@ def format_penalty(completion: str, *, pattern: str = r"^(?!.*</think>.*</think>
         return 0.0 if re.search(pattern, completion, re.DOTALL) else -1.0
     except re.error as error:
         raise VerifierError(f"format_penalty: {pattern!r} is not a regular expression: {error}") from error
-
-
-def length_penalty(completion_tokens: list[Any], *, max_length: int, buffer: int) -> float:
-    """`overlong_penalty` of a completion, for use as a verifier with a weight of its own."""
-    return overlong_penalty(len(completion_tokens), max_length=max_length, buffer=buffer)

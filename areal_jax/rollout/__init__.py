@@ -1,0 +1,1 @@
+"""Generates: an engine (embedded or vLLM), workflows that make samples on it, and the worker that runs both."""

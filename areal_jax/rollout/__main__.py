@@ -5,35 +5,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import json
 import logging
 import os
 import signal
 import sys
-from pathlib import Path
-from typing import Any
 
 from areal_jax import config as configs
 from areal_jax.data.config import DataConfig
 from areal_jax.metrics.clock import Clock, trace_path
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.rollout.config import RolloutConfig
-from areal_jax.rollout.engine import Sampling
-from areal_jax.rollout.factory import make_engine
+from areal_jax.rollout.factory import make_engine, samplings
 from areal_jax.rollout.verification import RewardClients
 from areal_jax.rollout.worker import Worker, WorkerSettings
 from areal_jax.rollout.workflows import load_workflow
 from areal_jax.transport.client import Client
-
-
-def stop_token_ids(model_path: str, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a completion: the tokenizer's, and those of the checkpoint's generation settings."""
-    ids = {tokenizer.eos_token_id}
-    path = Path(model_path) / "generation_config.json"
-    if path.exists():
-        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids |= set(more) if isinstance(more, list) else {more}
-    return tuple(sorted(ids - {None}))
 
 
 async def serve(workdir: str, index: int) -> int:
@@ -48,16 +34,12 @@ async def serve(workdir: str, index: int) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(values["model"])
     name = f"rollout-{index}"
-    common = {
-        "max_new_tokens": rollout.max_new_tokens,
-        "min_new_tokens": rollout.min_new_tokens,
-        "stop_token_ids": stop_token_ids(values["model"], tokenizer),
-    }
+    sampling, eval_sampling = samplings(rollout, values["model"], tokenizer)
     settings = WorkerSettings(
         name=name,
         seed=values["seed"],
-        sampling=Sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, **common),
-        eval_sampling=Sampling(temperature=rollout.eval_temperature, **common),
+        sampling=sampling,
+        eval_sampling=eval_sampling,
         data=configs.section(DataConfig, values["data"]),
         controller_limit=4 * values["controller"]["heartbeat_limit"],
     )

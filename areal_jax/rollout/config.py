@@ -14,7 +14,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0  # below 1 the trainer's log-probs are still of all tokens; importance weights make up for it
     top_k: int = 0  # 0: all; else as top_p
-    eval_temperature: float = 0.0
+    eval_temperature: float = 0.0  # 0: greedy
     kv_policy: str = "recompute"  # on new weights: "recompute" caches (the paper) or "keep" them
     interruptible: bool = True  # False: finish running sequences before loading new weights
     rolling_updates: bool = True  # workers load one after another, so that the fleet never stands still

@@ -1,13 +1,15 @@
-"""Makes the engine that a run's settings ask for; only then is jax or vLLM imported."""
+"""Makes the engine and the sampling that a run's settings ask for; only then is jax or vLLM imported."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from areal_jax.rollout.config import RolloutConfig
-from areal_jax.rollout.engine import Engine
+from areal_jax.rollout.engine import Engine, Sampling
 
 
 def make_engine(config: RolloutConfig, model_path: str, *, seed: int, workdir: str | os.PathLike) -> Engine:
@@ -37,6 +39,25 @@ def make_engine(config: RolloutConfig, model_path: str, *, seed: int, workdir: s
             engine_args=dict(config.engine_args),
         )
     raise ValueError(f"rollout.engine is {config.engine!r}; it must be 'jax' or 'vllm'")
+
+
+def samplings(config: RolloutConfig, model_path: str | os.PathLike, tokenizer: Any) -> tuple[Sampling, Sampling]:
+    """How a run samples, for training and for evaluation.
+
+    A completion ends with the tokenizer's end token, or one that the checkpoint's generation settings name.
+    """
+    stops = {tokenizer.eos_token_id}
+    path = Path(model_path) / "generation_config.json"
+    if path.exists():
+        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        stops |= set(more) if isinstance(more, list) else {more}
+    common = {
+        "max_new_tokens": config.max_new_tokens,
+        "min_new_tokens": config.min_new_tokens,
+        "stop_token_ids": tuple(sorted(stops - {None})),
+    }
+    training = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, **common)
+    return training, Sampling(temperature=config.eval_temperature, **common)
 
 
 def check_engine_args(engine: str, arguments: Mapping[str, Any]) -> None:

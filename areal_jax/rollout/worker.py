@@ -291,7 +291,6 @@ class Worker:
             trajectories = await self.workflow.run(session, task.record)
             _check(trajectories)
             result = SampleDone(**own, trajectories=trajectories)
-            self.counts["samples_done"] += 1
         except EngineDied as death:  # not the sample's failure: the goodbye hands it, and all others, to other workers
             return self.stop(ENGINE_DIED, str(death))
         except VerificationFailed as failed:
@@ -301,13 +300,13 @@ class Worker:
         except Exception as error:  # whatever a user's workflow raises
             log.exception("the workflow failed on group %d, sample %d", task.group, task.sample)
             result = SampleFailed(**own, error="workflow_error", detail=f"{type(error).__name__}: {error}"[:2000])
-        if isinstance(result, SampleFailed):
-            self.counts["samples_failed"] += 1
         try:
             await self._send(result)
         except (TypeError, ValueError, OverflowError) as error:  # a user's numbers that no message can carry
             detail = f"what the workflow returned cannot be sent: {error}"
-            await self._send(SampleFailed(**own, error="workflow_error", detail=detail))
+            result = SampleFailed(**own, error="workflow_error", detail=detail)
+            await self._send(result)
+        self.counts["samples_failed" if isinstance(result, SampleFailed) else "samples_done"] += 1
 
     # --- Clock -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""Learns from batches: packing, the jitted steps, the loop over versions, checkpoints."""

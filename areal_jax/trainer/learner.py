@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -211,8 +210,3 @@ def _to_host(x: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(x, tiled=True)
-
-
-def copy_params(params: Tree) -> Tree:
-    """A copy that no training step overwrites: the reference model."""
-    return jax.tree.map(jnp.copy, params)

@@ -87,7 +87,7 @@ class Link:
         told_to_stop: Callable[[], bool] = lambda: False,
         agree: Callable[[bool, bool], tuple[bool, bool]] = lambda ready, stop: (ready, stop),
     ):
-        self.name, self.process, self.clock = f"trainer-{process}", process, clock
+        self.name, self.clock = f"trainer-{process}", clock
         self.counters: dict[str, float] = {}
         self.gauges: dict[str, float] = {}
         self.no_room: dict[str, str] = {}  # what each part of this process cannot write just now; "" where all is well
@@ -152,7 +152,7 @@ class Link:
 
     def batch(self, version: int, limit: float) -> m.Batch:
         """The batch of training step `version`; without groups when there is no data left."""
-        return self.wait(m.GetBatch(version=version, process=self.process), limit, "batch")
+        return self.wait(m.GetBatch(version=version), limit, "batch")
 
     def close(self) -> None:
         """Say goodbye and end."""

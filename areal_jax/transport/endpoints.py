@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import secrets
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
+from zmq.utils import z85
 
 from areal_jax.transport.errors import EndpointMissing, KeysMissing, TransportError
 
@@ -170,3 +172,25 @@ def load_keys(workdir: str | Path) -> Keys | None:
         client_secret=read["client.secret"],
         server_secret=server_secret,
     )
+
+
+def encrypt(sock: zmq.Socket, keys: Keys, name: str) -> zmq.Socket:
+    """Let only those with the run's client key connect to `sock` of server `name`, not bound yet. Returns the socket on
+    which ZeroMQ asks who may: `admission` has the answer. Raises `KeysMissing`."""
+    if keys.server_secret is None:
+        raise KeysMissing(f"{name} is a server, and the run's keys folder holds no server.secret")
+    questions = sock.context.socket(zmq.REP)
+    questions.bind("inproc://zeromq.zap.01")
+    sock.curve_secretkey, sock.curve_publickey = keys.server_secret, keys.server_public
+    sock.curve_server, sock.zap_domain = True, b"run"
+    return questions
+
+
+def admission(question: list[bytes], keys: Keys) -> tuple[bool, list[bytes]]:
+    """Whether a client has the run's client key, and so may connect, and how ZeroMQ is told (ZAP, RFC 27)."""
+    version, request, *_ = question
+    mechanism, *credentials = question[5:]
+    allowed = z85.decode(keys.client_public)
+    known = mechanism == b"CURVE" and len(credentials) == 1 and secrets.compare_digest(credentials[0], allowed)
+    status = [b"200", b"OK"] if known else [b"400", b"not a key of this run"]
+    return known, [version, request, *status, b"", b""]

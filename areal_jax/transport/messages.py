@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-PROTOCOL = 1
+PROTOCOL = 2
 _DTYPES = ("bool", "uint8", "int32", "int64", "float32")
 _NAMES = {np.dtype(name): name for name in _DTYPES}  # numpy makes a dtype's name anew each time, in Python
 
@@ -104,7 +104,6 @@ class Hello(Message, tag="hello"):
     protocol: int = PROTOCOL
     slots: int = 0  # rollout: how many samples it runs at once
     version: int = -1  # rollout: the weights it has; -1 for none
-    endpoint: str = ""  # rewards: where it listens
     running: list[tuple[int, int, int]] = []  # rollout, after a lost controller: (group, sample, attempt) it works on
 
 
@@ -126,9 +125,7 @@ class Goodbye(Message, tag="goodbye"):
 
 
 class Welcome(Message, tag="welcome"):
-    run: str
     heartbeat_seconds: float
-    reward_endpoints: list[str] = []
 
 
 class Refused(Message, tag="refused"):
@@ -187,7 +184,6 @@ class GetBatch(Message, tag="get_batch"):
     """Ask for the batch of training step `version`. Asking again for the same version gives the same batch."""
 
     version: int
-    process: int = 0
 
 
 class Batch(Message, tag="batch"):

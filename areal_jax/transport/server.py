@@ -11,11 +11,12 @@ from pathlib import Path
 
 import zmq
 import zmq.asyncio
-from zmq.utils import z85
 
 from areal_jax.transport import wire
 from areal_jax.transport.endpoints import (
     Keys,
+    admission,
+    encrypt,
     is_loopback,
     load_keys,
     reachable,
@@ -79,33 +80,18 @@ class Server:
             set_up(self._socket, address, high_water, max_bytes)
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             if keys is not None:
-                self._authenticate(keys)
+                self._zap = asyncio.create_task(self._admit(encrypt(self._socket, keys, name), keys))
             self.endpoint = reachable(self._bind(address, read_endpoint(workdir, name)))
             write_endpoint(workdir, name, self.endpoint)
         except BaseException:
             self._free(0)
             raise
 
-    def _authenticate(self, keys: Keys) -> None:
-        if keys.server_secret is None:
-            raise KeysMissing(f"{self.name} is a server, and the run's keys folder holds no server.secret")
-        zap = self._context.socket(zmq.REP)
-        zap.bind("inproc://zeromq.zap.01")
-        self._zap = asyncio.create_task(self._admit(zap, z85.decode(keys.client_public)))
-        self._socket.curve_secretkey = keys.server_secret
-        self._socket.curve_publickey = keys.server_public
-        self._socket.curve_server = True
-        self._socket.zap_domain = b"run"
-
-    async def _admit(self, zap: zmq.asyncio.Socket, allowed: bytes) -> None:
-        """Answer ZeroMQ's question (ZAP, RFC 27) whether a client may connect: only with the run's client key."""
-        while (parts := await receive(zap, lambda: self._closed)) is not None:
-            version, request, *_ = parts
-            mechanism, *credentials = parts[5:]
-            known = mechanism == b"CURVE" and len(credentials) == 1 and secrets.compare_digest(credentials[0], allowed)
+    async def _admit(self, questions: zmq.asyncio.Socket, keys: Keys) -> None:
+        while (question := await receive(questions, lambda: self._closed)) is not None:
+            known, answer = admission(question, keys)
             self.unauthenticated += not known
-            status = [b"200", b"OK"] if known else [b"400", b"not a key of this run"]
-            await zap.send_multipart([version, request, *status, b"", b""])
+            await questions.send_multipart(answer)
 
     def _bind(self, address: str, old: str | None) -> str:
         host, port = split_address(address)

@@ -22,7 +22,6 @@ MAGIC = b"AJX1"
 HEADER = struct.Struct(">4sQQQ")
 MAX_BYTES = 1 << 30  # of one message
 NEVER = 1 << 62  # for `mute_after`
-REFUSALS = ("malformed", "oversized", "out_of_order", "muted")
 
 
 def frames(session: int, sequence: int, request: int, message: Message, max_bytes: int) -> list[bytes]:

@@ -52,7 +52,7 @@ def open_version(
     here, path = host or socket.gethostname(), Path(manifest.path)
     if manifest.transport == "disk":
         _wait_for(path, manifest, timeout)
-    elif here != manifest.host or not _is_there(path):
+    elif here != manifest.host or not os.path.exists(path):  # its publisher has died, or is another user's
         path = _pull(manifest, here, workdir, timeout, shared_memory)
     version = OpenVersion(manifest, path)
     version.timings["read"] = time.perf_counter() - start
@@ -135,14 +135,6 @@ def same_layout(a: Manifest, b: Manifest) -> None:
         if of_a.get(name) != of_b.get(name):
             have, want = (f"{s[0]}{list(s[1])}" if s else "missing" for s in (of_b.get(name), of_a.get(name)))
             raise WeightsRefused(f"version {b.version}: {name} is {have}, in version {a.version} it was {want}")
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        os.stat(path)
-    except OSError:  # its publisher has died, or is another user's
-        return False
-    return True
 
 
 def _pull(manifest: Manifest, host: str, workdir, timeout: float, shared_memory: Path) -> Path:

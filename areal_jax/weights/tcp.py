@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import secrets
 import shutil
 import struct
 import threading
@@ -22,9 +21,8 @@ from pathlib import Path
 from typing import IO
 
 import zmq
-from zmq.utils import z85
 
-from areal_jax.transport.endpoints import Keys, is_loopback, reachable
+from areal_jax.transport.endpoints import Keys, admission, encrypt, is_loopback, reachable
 from areal_jax.transport.errors import KeysMissing
 from areal_jax.transport.messages import Manifest
 from areal_jax.weights import store
@@ -50,19 +48,10 @@ class ByteServer:
         self._lock = threading.Lock()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        self._zap: zmq.Socket | None = None
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 1024)
         self._socket.setsockopt(zmq.SNDHWM, 2 * _WINDOW)
-        if keys is not None:
-            if keys.server_secret is None:
-                raise KeysMissing("weights are served by the trainer, and its keys folder holds no server.secret")
-            self._zap = self._context.socket(zmq.REP)
-            self._zap.bind("inproc://zeromq.zap.01")
-            self._client = z85.decode(keys.client_public)
-            self._socket.curve_secretkey, self._socket.curve_publickey = keys.server_secret, keys.server_public
-            self._socket.curve_server = True
-            self._socket.zap_domain = b"run"
+        self._keys, self._zap = keys, encrypt(self._socket, keys, "the trainer") if keys else None
         self._socket.bind(address)
         self.url = reachable(self._socket.last_endpoint.decode())
         self._stop = self._context.socket(zmq.PAIR)
@@ -103,20 +92,12 @@ class ByteServer:
             poller.register(sock, zmq.POLLIN)
         while self._stop not in (ready := dict(poller.poll())):
             if self._zap in ready:
-                self._admit(self._zap.recv_multipart())
+                self._zap.send_multipart(admission(self._zap.recv_multipart(), self._keys)[1])
             if self._socket in ready:
                 self._answer(self._socket.recv_multipart())
         for sock in sockets:
             sock.close(0)
         self._context.term()
-
-    def _admit(self, parts: list[bytes]) -> None:
-        """Answer ZeroMQ's question (ZAP, RFC 27) whether a client may connect: only with the run's client key."""
-        version, request, *_ = parts
-        mechanism, *credentials = parts[5:]
-        known = mechanism == b"CURVE" and len(credentials) == 1 and secrets.compare_digest(credentials[0], self._client)
-        status = [b"200", b"OK"] if known else [b"400", b"not a key of this run"]
-        self._zap.send_multipart([version, request, *status, b"", b""])
 
     def _answer(self, parts: list[bytes]) -> None:
         """[client, name, range] -> [client, range, bytes]; no bytes when there is no such file or range."""

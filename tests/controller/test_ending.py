@@ -22,7 +22,7 @@ class Life:
         self.core = Core(CONFIG, [{"prompt": "1"}], now=self.now())
         self.journal = Journal(workdir)
         self.server = Server("tcp://127.0.0.1:*", "controller", workdir)
-        self.service = Service(self.core, self.server, "test", self.now, self.journal)
+        self.service = Service(self.core, self.server, self.now, self.journal)
         self.serving = asyncio.create_task(self.service.run())
 
     def now(self):

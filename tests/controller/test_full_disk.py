@@ -51,7 +51,7 @@ def run(workdir, train, limit):
         journal = FullDisk(workdir)
         journal.core = core
         async with Server("tcp://127.0.0.1:*", "controller", workdir) as server:
-            serving = asyncio.create_task(Service(core, server, "test", clock, journal).run())
+            serving = asyncio.create_task(Service(core, server, clock, journal).run())
             worker = asyncio.create_task(NetWorker("rollout-0", workdir).run())
 
             def trainer():
@@ -175,7 +175,7 @@ def test_whoever_waits_while_the_disk_is_full_is_told_so_whatever_it_waits_for(t
     async def body():
         core, journal = Core(CONFIG, RECORDS, []), FullDisk(tmp_path)
         async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
-            service = Service(core, server, "test", lambda: 0.0, journal)
+            service = Service(core, server, lambda: 0.0, journal)
             journal.full = True
             assert service._handle(Peer(b"trainer-0"), m.Publish(manifest(0))).disk
             replies = [service._ask(m.GetBatch(0), 0.0)]
@@ -197,7 +197,7 @@ def test_a_trainer_that_waits_for_room_is_not_taken_for_one_that_hangs(tmp_path)
         tick = core.tick
         core.tick = lambda at: (tick(at), ticked.set())
         async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
-            serving = asyncio.create_task(Service(core, server, "test", lambda: now).run())
+            serving = asyncio.create_task(Service(core, server, lambda: now).run())
             for phase, seconds in (("checkpointing", 40.0), (NO_ROOM, 60.0), (NO_ROOM, 60.0), ("idle", 60.0)):
                 assert core.stopped is None
                 core.heartbeat(m.Heartbeat(name="trainer-0", phase=phase), now)

@@ -99,7 +99,7 @@ async def controller(workdir, incarnation=0):
     recovered = journal.recover(core, clock())
     assert recovered == (incarnation > 0)
     async with Server("tcp://127.0.0.1:*", "controller", workdir) as server:
-        return await Service(core, server, "test", clock, journal).run()
+        return await Service(core, server, clock, journal).run()
 
 
 def test_a_killed_controller_is_followed_by_one_that_knows_everything(tmp_path):
@@ -140,7 +140,7 @@ def test_told_to_end_with_all_the_others_the_controller_stays_for_the_trainers_l
         loop = asyncio.get_running_loop()
         core = Core(CONFIG, RECORDS, now=loop.time())
         async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
-            service = Service(core, server, "test", loop.time)
+            service = Service(core, server, loop.time)
             running = asyncio.create_task(service.run())
             hello = m.Hello(role="trainer", name="trainer-0", host="h", pid=1)
             async with Client("trainer-0", tmp_path, hello=lambda: hello) as client:
@@ -168,7 +168,7 @@ def test_a_goodbye_that_comes_after_its_sender_could_not_be_reached_is_taken(tmp
     async def body():
         core, peer = Core(CONFIG, RECORDS), Peer(b"rollout-0/1")
         async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
-            service = Service(core, server, "test")
+            service = Service(core, server)
             hello = {"role": "rollout", "name": "rollout-0", "host": "h", "pid": 1, "slots": 4}
             service._handle(peer, m.Hello(**hello))
             await service._act()  # its welcome finds nobody
@@ -237,7 +237,7 @@ def test_a_whole_run_over_sockets(tmp_path):
     async def body():
         core = Core(CONFIG, RECORDS, RECORDS[:3], now=asyncio.get_running_loop().time())
         async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
-            service = Service(core, server, "test", asyncio.get_running_loop().time)
+            service = Service(core, server, asyncio.get_running_loop().time)
             workers = [NetWorker(f"rollout-{i}", tmp_path) for i in range(2)]
             running = asyncio.gather(service.run(), *(worker.run() for worker in workers))
             consumed, replies = await asyncio.to_thread(train, tmp_path, 6)

@@ -90,7 +90,7 @@ def test_a_controller_that_stood_still_itself_blames_nobody(tmp_path):
 
         core = Core(CONFIG, [{"prompt": "1"}], now=clock())
         async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
-            service = Service(core, server, "test", clock)
+            service = Service(core, server, clock)
             core.hello(m.Hello(role="rollout", name="a", host="h", pid=1, slots=4), clock())
             ticked, tick = asyncio.Event(), core.tick
             core.tick = lambda now: (tick(now), ticked.set())
@@ -119,7 +119,7 @@ def test_who_came_back_before_its_silence_could_be_written_down_is_not_reported(
 
         core = Core(CONFIG, [{"prompt": "1"}])
         async with Server("tcp://127.0.0.1:*", "controller", tmp_path) as server:
-            service = Service(core, server, "test", lambda: now, on_silence=report)
+            service = Service(core, server, lambda: now, on_silence=report)
             core.outbox += [Silent(name, "h", 1, 21.0, "generating") for name in ("a", "b")]
             await service._act()
             assert not told and service._handle(Peer(b"x"), m.GetStatus()).data["disk"] == ""  # no reason to end

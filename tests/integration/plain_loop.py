@@ -25,9 +25,8 @@ from areal_jax.data.config import DataConfig
 from areal_jax.data.order import epoch_order
 from areal_jax.data.readers import load_dataset
 from areal_jax.rewards import verify_math
-from areal_jax.rollout.__main__ import stop_token_ids
 from areal_jax.rollout.config import RolloutConfig
-from areal_jax.rollout.engine import Sampling
+from areal_jax.rollout.factory import samplings
 from areal_jax.rollout.jax_engine import JaxEngine
 from areal_jax.rollout.session import Session
 from areal_jax.rollout.workflows import SingleTurn
@@ -59,10 +58,7 @@ def main(workdir: str, out: str) -> None:
     data = configs.section(DataConfig, config["data"])
     dataset = load_dataset(data.train, data)
     tokenizer = AutoTokenizer.from_pretrained(config["model"])
-    sampling = Sampling(
-        max_new_tokens=rollout.max_new_tokens, min_new_tokens=rollout.min_new_tokens, temperature=rollout.temperature,
-        top_p=rollout.top_p, top_k=rollout.top_k, stop_token_ids=stop_token_ids(config["model"], tokenizer),
-    )  # fmt: skip
+    sampling, _ = samplings(rollout, config["model"], tokenizer)
 
     mesh = learner.mesh_of(train)
     model, params = models.load_hf(

@@ -12,7 +12,6 @@ import pytest
 
 from areal_jax.launch import guardian
 from areal_jax.launch import supervisor as supervisor_module
-from areal_jax.launch import supervisor as supervisors
 from areal_jax.launch.supervisor import Outcome, Role, Supervisor
 from areal_jax.transport.endpoints import forget_endpoints, still_starting
 from areal_jax.transport.silence import Silence, report_silence
@@ -271,7 +270,7 @@ sys.exit(2 - life and 1)
 
 @pytest.mark.parametrize("first", ["trainer", "controller"])  # whose end is noticed first
 def test_a_trainer_that_dies_when_the_others_have_left_gets_them_back_at_once(tmp_path, first, monkeypatch):
-    monkeypatch.setattr(supervisors, "HURRIED_SECONDS", 1e6)
+    monkeypatch.setattr(supervisor_module, "HURRIED_SECONDS", 1e6)
     other, told = tmp_path / "other", []
     leaves = role("controller", LEAVES_ONCE, other, restarts=1)
     trainer = role("trainer", LAST_MOMENT, tmp_path / "lives", other, restarts=1)

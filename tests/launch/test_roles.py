@@ -9,7 +9,8 @@ import pytest
 
 from areal_jax import config as configs
 from areal_jax.config import ConfigError
-from areal_jax.launch.roles import KEEP_BUFFERS, ROOT, roles_of
+from areal_jax.launch.roles import KEEP_BUFFERS, roles_of
+from areal_jax.launch.supervisor import ROOT
 from configs import quickstart
 
 
@@ -64,23 +65,36 @@ def test_the_heap_of_a_role_does_not_grow_by_another_buffer_when_one_was_returne
     assert int(done.stdout) < 3 * 64 * 516_000
 
 
-@pytest.mark.parametrize(("gpus", "expected"), [("", "0 once"), ("0", "unset once")])
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [("", "0 glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=0 once"),
+                           ("0", "unset glibc.malloc.hugetlb=0 once")],
+)  # fmt: skip
 def test_a_tool_measures_in_the_environment_of_a_role(gpus, expected):
     program = (
         "import os, sys; from areal_jax.launch.roles import as_role; as_role(); "
-        "print(os.environ.get('MALLOC_MMAP_MAX_', 'unset'), *sys.argv[1:])"
+        "print(os.environ.get('MALLOC_MMAP_MAX_', 'unset'), os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
     )
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": ROOT}
+    own = {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": ROOT, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    env = os.environ | own
     done = subprocess.run([sys.executable, "-c", program, "once"], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
 
 
 def test_a_setting_of_the_config_comes_before_what_the_launcher_would_set(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    config = {"launch.trainer_env": {"MALLOC_MMAP_MAX_": "7"}, "launch.env": {"A": "everywhere"}}
+    config = {"launch.trainer_env": {"MALLOC_MMAP_MAX_": "7"}, "launch.env": {"MALLOC_ARENA_MAX": "2"}}
     found = environments(tmp_path, **config)
     assert found["trainer-0"]["MALLOC_MMAP_MAX_"] == "7"
-    assert {env["A"] for env in found.values()} == {"everywhere"}
+    assert {env["MALLOC_ARENA_MAX"] for env in found.values()} == {"2"}
+
+
+@pytest.mark.parametrize("config", [{}, {"launch.env": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}])
+def test_what_a_user_tunes_of_glibc_stays(tmp_path, monkeypatch, config):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    found = environments(tmp_path, **config)
+    assert found["trainer-0"]["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"
+    assert found["controller"]["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
 def test_rollout_workers_get_the_first_gpus_and_the_trainer_the_others(tmp_path, monkeypatch):

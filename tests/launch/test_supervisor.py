@@ -207,7 +207,7 @@ UNTIL = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep
 
 def test_a_guardian_that_cannot_start_is_tried_after_pauses_and_not_for_ever(tmp_path, monkeypatch):
     now, told = 0.0, []
-    monkeypatch.setattr(supervisor_module, "_own_env", lambda: os.environ | {"PYTHONHOME": str(tmp_path)})
+    monkeypatch.setattr(supervisor_module, "own_env", lambda: os.environ | {"PYTHONHOME": str(tmp_path)})
     roles = [role("trainer", FOREVER)]
     supervisor = Supervisor(roles, ["trainer"], tmp_path, tell=told.append, clock=lambda: now, guardian_restarts=3)
 

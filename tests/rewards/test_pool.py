@@ -3,17 +3,19 @@
 import asyncio
 import errno
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import textwrap
+import types
 
 import msgspec
 import numpy as np
 import psutil
 import pytest
 
-from areal_jax.rewards import Failure, Score, VerifierError, VerifierPool, folders, process
+from areal_jax.rewards import Failure, Score, VerifierError, VerifierPool, folders, process, sandbox
 from areal_jax.rewards.loading import load_verifier
 
 HERE = "tests.rewards.verifiers"
@@ -258,3 +260,42 @@ def test_folders_of_a_killed_service_are_swept_and_those_in_use_are_not(tmp_path
     os.close(descriptor)  # as when its holder is killed
     folders.sweep_folders()
     assert not os.path.exists(folder) and all((other / "result").is_file() for other in others)
+
+
+@pytest.fixture
+def nobody():
+    """A user whom the modes of folders bind, as they do not bind root."""
+    root = not os.geteuid()
+    if root:
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)
+
+
+def test_a_folder_that_hides_what_it_holds_is_over_the_limit_and_is_removed(nobody):
+    folder = tempfile.mkdtemp(dir="/tmp")
+    run = types.SimpleNamespace(scratch=folder, limits=sandbox.Limits())
+    assert not sandbox.Child.over_disk(run)
+    os.mkdir(f"{folder}/hidden", 0o300)  # to be filled, and not to be listed
+    with open(f"{folder}/hidden/file", "w"):
+        assert sandbox.Child.over_disk(run)
+    folders.remove_folder(folder)
+    assert not os.path.exists(folder)
+
+
+def test_a_folder_is_removed_that_is_deeper_than_there_are_descriptors(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    at = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(200):
+        os.mkdir("d", dir_fd=at)
+        below = os.open("d", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(at)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (at + 100, hard))
+        folders.remove_folder(str(tmp_path / "d"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not list(tmp_path.iterdir())

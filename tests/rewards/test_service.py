@@ -53,7 +53,7 @@ class World:
         async for peer, message in self.controller:
             self.peer = peer
             if isinstance(message, Hello):
-                await self.controller.send(peer, Welcome(run="test", heartbeat_seconds=0.05))
+                await self.controller.send(peer, Welcome(heartbeat_seconds=0.05))
             async with self._news:
                 self.heard.append(message)
                 self._news.notify_all()
@@ -112,7 +112,6 @@ def test_scores_failures_and_counts(tmp_path):
         assert beat.clock["verifying"] > 0.0
         hello = await world.hear(Hello)
         assert hello.role == "rewards" and hello.name == "rewards-0" and hello.pid == world.process.pid
-        assert hello.endpoint == (tmp_path / "endpoints" / "rewards-0").read_text()
         assert (tmp_path / "timeline" / "rewards-0.jsonl").exists()
 
     run(tmp_path, story, processes=2, scale=10.0, offset=-0.5, timeout=2.0)

@@ -76,7 +76,7 @@ def test_a_worker_process_generates_under_published_weights_until_it_is_terminat
             command = [sys.executable, "-m", "areal_jax.rollout", "--workdir", str(tmp_path), "--index", "0"]
             process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=dict(os.environ))
             peer, _ = await receive(controller, Hello)
-            await controller.send(peer, Welcome(run="test", heartbeat_seconds=0.5))
+            await controller.send(peer, Welcome(heartbeat_seconds=0.5))
             answering = asyncio.create_task(answer_all(rewards))
             samples = {}
             for version in range(2):

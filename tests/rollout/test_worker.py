@@ -141,6 +141,8 @@ def test_numbers_of_a_workflow_are_sent_or_named_and_every_sample_is_answered(tm
         else:
             done = await world.receive(SampleDone)
             assert done.trajectories[0].metrics == {"right": 1.0, "loss": 0.5, "hash": float(1 << 70)}
+        counted = (await world.heartbeat("waiting:controller")).counters
+        assert (counted.get("samples_failed", 0), counted.get("samples_done", 0)) == ((1, 0) if said else (0, 1))
 
     play(World(tmp_path, workflow=Strange()), story)
 
@@ -248,7 +250,7 @@ def test_a_restarted_controller_is_greeted_again_and_told_what_runs(tmp_path):
             await world.say(Refused(reason=HELLO_FIRST))
         assert message.version == 0 and message.running == [(0, 0, 2), (0, 1, 2)]
         assert message.life == first.life, "the same process, though others may have its number"
-        await world.say(Welcome(run="test", heartbeat_seconds=0.02))
+        await world.say(Welcome(heartbeat_seconds=0.02))
         await world.say(Cancel(tasks=[(0, 0)]))
         while not world.engine.cancelled:  # before the other may end: its score comes by another socket
             await world.controller.receive()

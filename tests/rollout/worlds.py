@@ -172,7 +172,7 @@ class World:
     async def welcome(self, version=0):
         """The first words of both sides, up to the first weights."""
         hello = await self.receive(Hello)
-        await self.say(Welcome(run="test", heartbeat_seconds=0.02))
+        await self.say(Welcome(heartbeat_seconds=0.02))
         if version is not None:
             await self.say(UpdateWeights(manifest=manifest(version)))
             assert (await self.receive(WeightsLoaded)).version == version

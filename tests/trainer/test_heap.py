@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from areal_jax.launch.roles import KEEP_BUFFERS, ROOT
+from areal_jax.launch.roles import KEEP_BUFFERS
+from areal_jax.launch.supervisor import ROOT
 from areal_jax.trainer.heap import Heap
 
 # A buffer with another object behind it is returned: a hole. Then the heap grows by as much.

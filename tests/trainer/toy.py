@@ -35,7 +35,7 @@ def make_learner(config: TrainerConfig, *, mesh=None, params=None, train_state=N
     model = make_model(mesh=mesh, **options)
     if params is None and train_state is None:
         params = tiny.random_params(model)
-    reference = learner.copy_params(params) if config.kl_coef else None
+    reference = jax.tree.map(jax.numpy.copy, params) if config.kl_coef else None  # which no step overwrites
     objective = objective or learner.make_objective(config, horizon=48.0)
     return learner.Learner(
         model, params, config, mesh=mesh, objective=objective, reference=reference, train_state=train_state

@@ -32,7 +32,7 @@ from areal_jax.transport.messages import (
 from areal_jax.transport.sockets import HELLO_FIRST, Client, HeartbeatThread, Peer, Server, SyncClient
 
 LOOPBACK = "tcp://127.0.0.1:*"
-WELCOME = Welcome(run="r", heartbeat_seconds=1.0)
+WELCOME = Welcome(heartbeat_seconds=1.0)
 
 
 def hello(name="rollout-0"):
