@@ -259,7 +259,7 @@ def check_rewards(config: Mapping[str, Any]) -> None:
     rollout = config["rollout"]
     try:
         check_workflow(rollout["workflow"], rollout["workflow_args"])
-        check_engine_args(rollout["engine"], rollout["engine_args"])
+        check_engine_args(rollout["engine"], rollout["engine_args"], rollout["python"])
     except ValueError as error:
         raise ConfigError(one_line(error)) from None
 

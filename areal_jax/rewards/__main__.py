@@ -11,6 +11,7 @@ import sys
 
 from areal_jax import config as configs
 from areal_jax.disk import DiskFull, insist
+from areal_jax.exits import WRONG_SETTING
 from areal_jax.metrics.clock import Clock, trace_path
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.rewards.outcome import VerifierError
@@ -58,7 +59,8 @@ def main() -> None:
     try:
         sys.exit(asyncio.run(serve(args.workdir, args.index)))
     except (ValueError, OSError, DiskFull, TransportError, VerifierError) as error:
-        sys.exit(f"rewards-{args.index}: {error}")
+        print(f"rewards-{args.index}: {error}", file=sys.stderr)
+        sys.exit(WRONG_SETTING if isinstance(error, configs.ConfigError) else 1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 
 from areal_jax import config as configs
 from areal_jax.data.config import DataConfig
+from areal_jax.exits import WRONG_SETTING
 from areal_jax.metrics.clock import Clock, trace_path
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.rollout.config import RolloutConfig
@@ -69,7 +70,8 @@ def main() -> None:
     try:
         sys.exit(asyncio.run(serve(args.workdir, args.index)))
     except (ValueError, OSError) as error:
-        sys.exit(f"rollout-{args.index}: {error}")
+        print(f"rollout-{args.index}: {error}", file=sys.stderr)
+        sys.exit(WRONG_SETTING if isinstance(error, configs.ConfigError) else 1)
 
 
 if __name__ == "__main__":

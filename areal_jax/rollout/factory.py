@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from areal_jax.config import ConfigError
 from areal_jax.rollout.config import RolloutConfig
 from areal_jax.rollout.engine import Engine, Sampling
 
@@ -18,10 +19,10 @@ def make_engine(config: RolloutConfig, model_path: str, *, seed: int, workdir: s
     `seed` is this worker's own: vLLM's generator takes it. The embedded engine's random numbers come with each request.
     `workdir` is the run's folder: weights from other hosts need it.
     """
-    check_engine_args(config.engine, config.engine_args)
     if config.engine == "jax":
         from areal_jax.rollout.jax_engine import make_jax_engine
 
+        check_engine_args(config.engine, config.engine_args)
         return make_jax_engine(config, model_path, workdir)
     if config.engine == "vllm":
         from areal_jax.rollout.vllm_engine import VllmEngine
@@ -38,7 +39,7 @@ def make_engine(config: RolloutConfig, model_path: str, *, seed: int, workdir: s
             weights_timeout=config.weights_timeout,
             engine_args=dict(config.engine_args),
         )
-    raise ValueError(f"rollout.engine is {config.engine!r}; it must be 'jax' or 'vllm'")
+    raise ConfigError(f"rollout.engine is {config.engine!r}; it must be 'jax' or 'vllm'")
 
 
 def samplings(config: RolloutConfig, model_path: str | os.PathLike, tokenizer: Any) -> tuple[Sampling, Sampling]:
@@ -60,15 +61,18 @@ def samplings(config: RolloutConfig, model_path: str | os.PathLike, tokenizer: A
     return training, Sampling(temperature=config.eval_temperature, **common)
 
 
-def check_engine_args(engine: str, arguments: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for `rollout.engine_args` that the engine cannot take, as far as that is known without it."""
-    if engine == "vllm":
-        from areal_jax.rollout.vllm_engine import check_args
+def check_engine_args(engine: str, arguments: Mapping[str, Any], python: str = "") -> None:
+    """Raises `ConfigError` for `rollout.engine_args` that the engine cannot take.
 
-        check_args(arguments)
+    vLLM's names are those of the vLLM beside this program: not known where the workers have a `python` of their own.
+    """
+    if engine == "vllm":
+        from areal_jax.rollout.vllm_engine import check_args, known_args
+
+        check_args(arguments, set() if python else known_args())
         return
     if unknown := sorted(set(arguments) - {"prefill_rows"}):
-        raise ValueError(f"rollout.engine_args has {unknown}; the engine 'jax' knows only 'prefill_rows'")
+        raise ConfigError(f"rollout.engine_args has {unknown}; the engine 'jax' knows only 'prefill_rows'")
     rows = arguments.get("prefill_rows", 1)
     if type(rows) is not int or rows < 1:
-        raise ValueError(f"rollout.engine_args.prefill_rows={rows!r} must be a whole number of at least 1")
+        raise ConfigError(f"rollout.engine_args.prefill_rows={rows!r} must be a whole number of at least 1")

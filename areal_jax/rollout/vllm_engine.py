@@ -6,18 +6,21 @@ same requests go on. vLLM stamps each token with the version that sampled it. No
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
-import dataclasses
 import difflib
+import importlib.util
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
 
+from areal_jax.config import ConfigError
 from areal_jax.rollout.engine import Completion, EngineDied, Request, Sampling, WeightsRefused
 from areal_jax.transport.messages import Manifest
 from areal_jax.weights import OpenVersion, open_version, same_layout
@@ -33,10 +36,27 @@ _GRACE_SECONDS = 1.0  # for vLLM to end by itself; its CPU build needs ten, and 
 _FIXED = ("model", "max_model_len", "max_num_seqs", "logprobs_mode", "weight_transfer_config", "worker_extension_cls")
 
 
-def check_args(engine_args: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for engine arguments that a user may not set; vLLM itself is asked about the others."""
+def check_args(engine_args: Mapping[str, Any], known: set[str]) -> None:
+    """Raises `ConfigError` for engine arguments that a user may not set, or that are not `known` (if any are)."""
     if fixed := sorted(set(engine_args) & set(_FIXED)):
-        raise ValueError(f"rollout.engine_args may not set {', '.join(fixed)}: areal_jax sets these itself")
+        raise ConfigError(f"rollout.engine_args may not set {', '.join(fixed)}: areal_jax sets these itself")
+    for name in sorted(engine_args.keys() - known) if known else ():
+        close = difflib.get_close_matches(name, known)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"rollout.engine_args: vLLM has no engine argument {name!r}{hint}")
+
+
+def known_args() -> set[str]:
+    """Names of the installed vLLM's engine arguments, from its source (importing it takes seconds); empty without it."""
+    spec = importlib.util.find_spec("vllm")
+    places = spec.submodule_search_locations if spec else None
+    try:
+        source = (Path(next(iter(places or ()), "")) / "engine" / "arg_utils.py").read_text(encoding="utf-8")
+        classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    except (OSError, SyntaxError):
+        return set()
+    fields = [field for node in classes if node.name in ("EngineArgs", "AsyncEngineArgs") for field in node.body]
+    return {field.target.id for field in fields if isinstance(field, ast.AnnAssign)}
 
 
 class VllmEngine:
@@ -73,7 +93,7 @@ class VllmEngine:
     ):
         if kv_policy not in ("recompute", "keep"):
             raise ValueError(f"kv_policy is {kv_policy!r}; use 'recompute' or 'keep'")
-        check_args(engine_args or {})
+        check_args(engine_args or {}, known_args())
         self.version = -1
         self.slots, self.max_length = slots, max_length
         self.paused = False
@@ -342,10 +362,6 @@ def _create(args: dict[str, Any]) -> AsyncLLM:
 
     os.environ[vllm_weights.OWNER] = str(os.getpid())
     vllm_weights.register()
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    for name in args.keys() - known:
-        close = difflib.get_close_matches(name, known)
-        raise ValueError(f"vLLM has no engine argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     if current_platform.is_cpu():
         args = {"enforce_eager": True, **args}
         # One core is left to the other processes of the run; and threads that spin at barriers starve each other there.
@@ -359,7 +375,7 @@ def _create(args: dict[str, Any]) -> AsyncLLM:
 
         head, possible = config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
         if head not in possible:
-            raise ValueError(f"vLLM's CPU build has no attention for heads of {head}, only of {possible}")
+            raise ConfigError(f"vLLM's CPU build has no attention for heads of {head}, only of {possible}")
         if config.parallel_config.world_size == 1 and engine_args.distributed_executor_backend is None:
             # As on a GPU: one process for scheduler and model. In two, as is vLLM's rule for CPUs, one of them spins
             # while it waits for the other.

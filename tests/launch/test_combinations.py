@@ -1,5 +1,7 @@
 """Settings that cannot work together, and arguments that nobody takes, are refused before the start, by their keys."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from areal_jax.config import ConfigError
@@ -46,6 +48,11 @@ class Idle:
         ({"rollout.engine_args": {"prefill_rows": 0}}, "rollout.engine_args.prefill_rows=0 must be a whole number"),
         ({"rollout.engine_args": {"prefill_rows": "4"}}, "rollout.engine_args.prefill_rows='4' must be a whole"),
         ({"rollout.engine": "vllm", "rollout.engine_args": {"max_num_seqs": 8}}, "may not set max_num_seqs"),
+        pytest.param(
+            {"rollout.engine": "vllm", "rollout.engine_args": {"gpu_memory_utilisation": 0.5}},
+            "vLLM has no engine argument 'gpu_memory_utilisation'; did you mean 'gpu_memory_utilization'?",
+            marks=pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
+        ),
         ({"trainer.rows": 6, "trainer.data_parallel": 4, "trainer.fsdp": 1}, "trainer.rows=6 must be a multiple of 4"),
         ({"trainer.rows": 6, "trainer.data_parallel": -1, "trainer.fsdp": 4}, "trainer.rows=6 must be a multiple of 4"),
         (
