@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,3 +16,15 @@ def test_every_setting_has_a_meaning_or_a_telling_name():
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
     silent = [row[1].strip() for row in rows if not row[3].strip()]
     assert len(rows) > 80 and len(silent) < len(rows) / 3, silent
+
+
+def test_every_file_and_test_that_the_architecture_page_names_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    missing, named = [], re.findall(r"`((?:[\w.]+/)+(?:[\w.]+\w)?)(?:::(\w+))?`", page)
+    for path, test in named:
+        places = [ROOT / "areal_jax" / path, ROOT / "tests" / path, ROOT / path]
+        found = [place for place in places if place.exists()]
+        if path.startswith("DIR/") or (found and not test) or any(f"def {test}(" in p.read_text() for p in found):
+            continue
+        missing.append(f"{path}::{test}" if test else path)
+    assert len(named) > 40 and not missing, missing
