@@ -322,7 +322,7 @@ def _check_weights(folder: str) -> None:
         raise ConfigError(f"the model folder '{folder}' has no '{name}', which its index names") from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"'{path}' is no whole file of weights ({_line(error)}): was its download broken off, or is it a pointer of "
+            f"'{path}' is no whole file of weights ({_line(error)}): did its download break off, or is it a pointer of "
             f"Git LFS?"
         ) from None
     except (ValueError, LookupError, AttributeError) as error:
