@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from areal_jax.config import ConfigError, load
-from areal_jax.launch.snapshot import MISMATCH, histogram
+from areal_jax.launch.snapshot import MISMATCH, histogram, trained_rate
 from areal_jax.launch.summary import lines
 from areal_jax.metrics.writers import read_metrics
 
@@ -92,9 +92,10 @@ def throughput(rows, path: Path) -> Path | None:
     """Tokens per second of both sides over steps."""
     if not series(rows, "perf/gen_tokens_per_s")[0]:
         return None
+    trained = [row | {"trained": rate} for row in rows if (rate := trained_rate(row)) is not None]
     figure, axis = plt.subplots(figsize=(8, 3))
     axis.plot(*series(rows, "perf/gen_tokens_per_s"), color=COLOURS["generating"], label="generated", linewidth=1)
-    axis.plot(*series(rows, "perf/train_tokens_per_s"), color=COLOURS["training"], label="trained", linewidth=1)
+    axis.plot(*series(trained, "trained"), color=COLOURS["training"], label="trained", linewidth=1)
     axis.set(xlabel="training step", ylabel="tokens / s", title="Throughput")
     axis.legend(frameon=False)
     return _save(figure, path)

@@ -118,7 +118,7 @@ class Telemetry:
         token_lags: Counter[int] = Counter()
         count_lags(version, groups, Counter(), token_lags)
         spans = [1 + np.count_nonzero(np.diff(t.versions[t.loss_mask])) for t in trajectories(groups)]
-        now_counts = Counter(core.counters) + Counter({"failed": core.failed.total()})
+        now_counts = self._counts(core)
         since = now_counts - self._last
         seconds = max(now - self._last_at, 1e-9)
         report = {
@@ -152,6 +152,13 @@ class Telemetry:
                 report[f"update/{part}"] = max(took, report.get(f"update/{part}", 0.0))
         self._last, self._last_at, self._received_at_last = now_counts, now, self.received_tokens
         return report
+
+    def counts_restored(self, core: Core) -> None:
+        """The counts of `core` are those of a former life: the next batch reports what comes from now on."""
+        self._last = self._counts(core)
+
+    def _counts(self, core: Core) -> Counter[str]:
+        return Counter(core.counters) + Counter({"failed": core.failed.total()})
 
     def save(self) -> dict[str, dict[str, float]]:
         """What the next controller must know, should this one be killed."""

@@ -139,6 +139,7 @@ def rebuild(core: Core, state: LedgerState) -> Ledger:
     core.quarantined.clear()
     core.quarantined.extend(state.quarantined)
     core.telemetry.lags, core.telemetry.token_lags = Counter(state.lags), Counter(state.token_lags)
+    core.telemetry.counts_restored(core)
     return ledger
 
 

@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def load_dataset(
                 raise BadRecord(source)
             if not isinstance(source, dict):
                 raise BadRecord(f"it is a {type(source).__name__}, not an object with fields")
-            source = source | {name: _dig(source, where) for name, where in config.fields.items()}
+            source = source | {name: _dig(source, str(where)) for name, where in config.fields.items()}
             convert = convert or known[detect(source)]
             record = convert(source)
             _check_sendable(record)
@@ -139,16 +140,23 @@ def _read(path: str, split: str = "") -> Iterator[tuple[str, Any]]:
     if os.path.isdir(path):
         for file in _files(path, split):
             yield from _read(file)
-    elif path.endswith((".jsonl", ".jsonl.gz")):
-        yield from _read_lines(path)
-    elif path.endswith((".json", ".json.gz")):
-        yield from _read_json(path)
-    elif path.endswith(".parquet"):
-        yield from _read_parquet(path)
-    elif path.endswith(".arrow"):
-        yield from _read_arrow(path)
-    else:
-        raise DataError(f"the data set '{path}' is of an unknown kind: expected one of {', '.join(KINDS)}")
+        return
+    try:
+        yield from _reader_of(path)(path)
+    except (OSError, EOFError, zlib.error) as error:  # no permission; a download that broke off, or is no gzip
+        raise DataError(f"the data set '{path}' cannot be read: {error}") from None
+
+
+def _reader_of(path: str) -> Callable[[str], Iterator[tuple[str, Any]]]:
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        return _read_lines
+    if path.endswith((".json", ".json.gz")):
+        return _read_json
+    if path.endswith(".parquet"):
+        return _read_parquet
+    if path.endswith(".arrow"):
+        return _read_arrow
+    raise DataError(f"the data set '{path}' is of an unknown kind: expected one of {', '.join(KINDS)}")
 
 
 def _files(folder: str, split: str) -> list[str]:

@@ -15,7 +15,7 @@ SILENT_SECONDS = 5.0
 MISMATCH = {"lag 0": "mismatch/logprob_abs_diff_mean", "lag > 0": "mismatch_stale/logprob_abs_diff_mean"}
 # All that is read of a line of metrics.jsonl; the rest need not be kept.
 NAMES = (
-    "reward/accuracy", "reward/mean", "eval/accuracy", "perf/gen_tokens_per_s", "perf/train_tokens_per_s",
+    "reward/accuracy", "reward/mean", "eval/accuracy", "perf/gen_tokens_per_s", "batch/trained_tokens", "time/step",
     "length/mean", "response_length/mean", "actor/entropy", "staleness/hist", "staleness/max",
     "staleness/dropped_total", "staleness/dropped", "warning", *MISMATCH.values(),
 )  # fmt: skip
@@ -68,7 +68,7 @@ def snapshot(rows: Sequence[Mapping[str, Any]], status: Mapping[str, Any], confi
         reward=first(last, "reward/mean"),
         held_out=held_out,
         generated_per_second=first(last, "perf/gen_tokens_per_s"),
-        trained_per_second=first(last, "perf/train_tokens_per_s"),
+        trained_per_second=trained_rate(last),
         lengths=first(last, "length/mean", "response_length/mean"),
         entropy=first(last, "actor/entropy"),
         staleness=histogram(rows),
@@ -95,6 +95,12 @@ def member(name: str, role: Mapping[str, Any]) -> Member:
         details.append(f"silent for {silent:.0f} s")
     busy = 1.0 - idle_fraction(role.get("clock") or {})
     return Member(name, str(role.get("phase") or "?"), busy, ", ".join(details))
+
+
+def trained_rate(row: Mapping[str, Any]) -> float | None:
+    """Trained tokens per second of one step, the wait for its batch included: by the clock of what is generated."""
+    tokens, seconds = number(row.get("batch/trained_tokens")), number(row.get("time/step"))
+    return tokens / seconds if tokens is not None and seconds else None
 
 
 def histogram(rows: Sequence[Mapping[str, Any]]) -> list[int]:

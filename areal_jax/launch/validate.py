@@ -60,7 +60,7 @@ _AT_LEAST = {
         "trainer.checkpoint_every", "trainer.eval_every", "trainer.lora_rank", "trainer.kl_coef", "data.eval_limit",
         "data.max_prompt_tokens", "launch.restarts", "launch.trainer_restarts", "launch.rollout_gpus",
         "trainer.grad_norm_limit", "trainer.ratio_limit", "trainer.mismatch_limit", "trainer.equal_rewards_limit",
-        "trainer.max_segments", "trainer.beta1", "trainer.beta2",
+        "trainer.max_segments", "trainer.beta1", "trainer.beta2", "trainer.seed",
     ),
 }  # fmt: skip
 _ABOVE_0 = (
@@ -107,6 +107,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
     for key in _BELOW_1:
         if not _get(config, key) < 1:
             raise ConfigError(f"{key}={_get(config, key)!r} must be less than 1")
+    if not -(2**63) <= config["seed"] < 2**63:
+        raise ConfigError(f"seed={config['seed']} must be a number of 64 bits")
     _check_lengths(config["rollout"], config["trainer"], config["controller"])
     _check_data_settings(config)
     _check_rewards_settings(config["rewards"])
@@ -136,6 +138,12 @@ def _check_lengths(rollout: dict, trainer: dict, controller: dict) -> None:
         raise ConfigError(
             f"controller.max_concurrent={concurrent} groups is less than controller.batch_size="
             f"{controller['batch_size']}, which max_staleness=0 generates at once; use 0 (no limit)"
+        )
+    beat, limit = controller["heartbeat_seconds"], controller["heartbeat_limit"]
+    if limit <= beat:
+        raise ConfigError(
+            f"controller.heartbeat_limit={limit:g} must be longer than controller.heartbeat_seconds={beat:g}: every "
+            f"process would be taken for dead between two heartbeats"
         )
     if controller["group_size"] == 1 and trainer["advantage"] != "reinforce_plus_plus":
         raise ConfigError(
@@ -275,8 +283,7 @@ def check_model(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"the model folder '{folder}' does not exist")
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ConfigError(f"the model folder '{folder}' has no config.json; give a Hugging Face checkpoint folder")
-    if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-        raise ConfigError(f"the model folder '{folder}' has no *.safetensors; other weight formats are not read")
+    _check_weights(folder)
     if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
         raise ConfigError(f"the model folder '{folder}' has no tokenizer (tokenizer.json); copy it from the base model")
     try:
@@ -295,6 +302,33 @@ def check_model(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"the tokenizer in '{folder}' has {len(tokenizer)} tokens, the model {model.vocab_size}: they do not match"
         )
+
+
+def _check_weights(folder: str) -> None:
+    """The files of weights are all there and whole, as their heads tell: a download may have broken off."""
+    from safetensors import SafetensorError, safe_open
+
+    files = {name for name in os.listdir(folder) if name.endswith(".safetensors")}
+    if not files:
+        raise ConfigError(f"the model folder '{folder}' has no *.safetensors; other weight formats are not read")
+    index = os.path.join(folder, "model.safetensors.index.json")
+    try:
+        if os.path.exists(index) and "model.safetensors" not in files:  # else it is of other files
+            with open(index, encoding="utf-8") as file:
+                files |= set(json.load(file)["weight_map"].values())
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            with safe_open(path, framework="np"):
+                pass
+    except FileNotFoundError:
+        raise ConfigError(f"the model folder '{folder}' has no '{name}', which its index names") from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"'{path}' is no whole file of weights ({_line(error)}): did its download break off, or is it a pointer of "
+            f"Git LFS?"
+        ) from None
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(f"'{index}' cannot be read: {type(error).__name__}: {_line(error)}") from None
 
 
 def load_tokenizer(folder: str) -> Any:

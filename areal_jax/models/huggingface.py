@@ -365,9 +365,11 @@ def _write_shards(model: Model, params: Params, dtype: np.dtype, max_bytes: int,
     def flush(i):
         if held:
             path = os.path.join(folder, file_of(i))
+            with open(path, "wb") as file:  # whom the user lets read; safetensors leaves it to its owner alone
+                mode = os.fstat(file.fileno()).st_mode
             try:
                 save_file(held, path, metadata={"format": "pt"})
-                os.chmod(path, 0o644)  # safetensors leaves it to its owner alone
+                os.chmod(path, mode)
             except SafetensorError as error:  # a full disk, in its words
                 raise OSError(errno.EIO, str(error), path) from None
             held.clear()

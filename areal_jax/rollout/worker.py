@@ -289,7 +289,7 @@ class Worker:
                 prompts=self._prompts,
             )
             trajectories = await self.workflow.run(session, task.record)
-            _check(trajectories)
+            _check(trajectories, self.engine.max_length)
             result = SampleDone(**own, trajectories=trajectories)
         except EngineDied as death:  # not the sample's failure: the goodbye hands it, and all others, to other workers
             return self.stop(ENGINE_DIED, str(death))
@@ -341,7 +341,7 @@ class Worker:
         return "workflow" if self._samples else "waiting:controller"
 
 
-def _check(trajectories: Any) -> None:
+def _check(trajectories: Any, max_length: int) -> None:
     if not isinstance(trajectories, list) or not trajectories:
         raise TypeError(f"a workflow returns a list of at least one Trajectory, not {trajectories!r:.100}")
     for t in trajectories:
@@ -350,6 +350,8 @@ def _check(trajectories: Any) -> None:
         lengths = {name: len(getattr(t, name)) for name in ("tokens", "loss_mask", "logprobs", "versions")}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"the arrays of a trajectory have different lengths: {lengths}")
+        if len(t.tokens) > max_length:  # which no row of the trainer need hold
+            raise ValueError(f"a trajectory has {len(t.tokens)} tokens, more than rollout.max_length={max_length}")
         if not t.loss_mask.any():
             raise ValueError("a trajectory has no sampled token")
         for name, value in (*t.metrics.items(), ("reward", t.reward)):

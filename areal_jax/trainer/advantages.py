@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from areal_jax import advantages
-from areal_jax.trainer.objectives import check_args, check_known
+from areal_jax.trainer.objectives import ObjectiveError, check_args, check_known
 from areal_jax.transport.messages import Trajectory
 
 ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
@@ -24,8 +24,19 @@ _GIVEN = {"rewards", "group_ids", "num_groups", "mask", "segment_ids"}
 
 
 def check(name: str, args: dict[str, Any]) -> None:
-    """Raises `ObjectiveError` (a `ValueError`) unless there is an estimator `name` that takes `args`."""
-    check_args("trainer.advantage_args", name, check_known("trainer.advantage", name, ESTIMATORS), args, given=_GIVEN)
+    """Raises `ObjectiveError` (a `ValueError`) unless estimator `name` exists and takes `args`; needs no device."""
+    function = check_known("trainer.advantage", name, ESTIMATORS)
+    check_args("trainer.advantage_args", name, function, args, given=_GIVEN)
+    names = inspect.signature(function).parameters
+    kinds = {"rewards": ((2,) if "group_ids" in names else (2, 3), np.float32), "group_ids": ((2,), np.int32)}
+    kinds["mask"] = (2, 3), np.bool_
+    arrays = {n: jax.ShapeDtypeStruct(*kind) for n, kind in kinds.items() if n in names}
+    static = {"num_groups": 1} if "num_groups" in names else {}
+    try:
+        jax.eval_shape(lambda arrays: function(**arrays, **static, **args), arrays)
+    except (TypeError, ValueError) as error:  # an argument's value: a text for a number, an unknown choice
+        why = " ".join(str(error).split())
+        raise ObjectiveError(f"trainer.advantage_args={args} cannot be computed with: {why}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,7 +150,8 @@ class Training:
         batch = s.controller.batch_size
         samples = batch * s.controller.group_size
         self.estimator = AdvantageEstimator(c.advantage, c.advantage_args, batch, samples, c.row_length)
-        self.guard = Guard(self.workdir if self.first else None, c.guard, c.equal_rewards_limit)
+        skipped = self.memory.get("skipped_updates", 0)  # before this process
+        self.guard = Guard(self.workdir if self.first else None, c.guard, c.equal_rewards_limit, skipped=skipped)
         self.publisher = self.writer = self.trained = None
         if self.first:
             options = {"transport": c.weights_transport, "address": s.controller.address, "limit": self.reply_limit}
@@ -292,6 +293,7 @@ class Training:
                 report["problem"] = problem
                 log.warning("version %d: %s", pending.version, problem)
         finally:
+            self.memory["skipped_updates"] = self.guard.skipped
             if self.first:
                 self.writer.write(pending.version, report)
 

@@ -141,6 +141,14 @@ class Objective:
         record.importance(importance, behavior, mask, kept)
         return loss, record.sums
 
+    def trace(self) -> None:
+        """Raises what the library raises for an argument that cannot be used; computes nothing, needs no device."""
+        self.zero_sums()
+        if self.whole_batch:
+            row, flag = (jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.float32, jnp.bool_))
+            arrays = {"logprobs": row, "behavior_logprobs": row, "advantages": row, "mask": flag}
+            jax.eval_shape(self.keep_over_batch, arrays)
+
     def zero_sums(self) -> measure.Sums:
         """The sums of nothing: float32 zeros (numpy) with every name that `loss` and the update record."""
         row = jax.ShapeDtypeStruct((1, self.num_segments), jnp.float32)
@@ -228,10 +236,16 @@ def make(
         raise ObjectiveError(f"trainer.correction={correction!r} sees the whole batch: it needs proximal='recompute'")
     if not decoupled and kind != "whole_batch" and (correct is None or "train_old" not in _parameters(correct)):
         proximal = "none"
-    return Objective(
+    made = Objective(
         name=name, args=args, correction=correction, correction_args=correction_args, aggregate=aggregate,
         kl_coef=kl_coef, entropy_coef=entropy_coef, proximal=proximal, num_segments=num_segments, horizon=horizon,
     )  # fmt: skip
+    try:
+        made.trace()
+    except (TypeError, ValueError) as error:  # an argument's value: a text for a number, an unknown choice
+        given = f"trainer.objective_args={args}" + (f", correction_args={correction_args}" if correction_args else "")
+        raise ObjectiveError(f"{given} cannot be computed with: {' '.join(str(error).split())}") from None
+    return made
 
 
 def check_known(setting: str, name: str, table: dict[str, Any]) -> Any:

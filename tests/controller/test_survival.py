@@ -270,6 +270,21 @@ def test_the_trainers_restart_keeps_finished_groups_and_refuses_lost_weights():
     assert [u.version for u in first.updates] == [0] and not first.work
 
 
+def test_after_a_restart_a_step_reports_its_own_losses_and_not_those_of_the_whole_run():
+    world = World(config(dynamic_filter=True), 30)
+    a = start(world)
+    finish(world, a, 0, 1, reward=1.0)
+    for group, sample in sorted(a.work):
+        world.done(a, (group, sample), float(sample))
+    assert world.get_batch(0).report["rollout/filtered"] == 2
+    world.publish(1)
+    saved = world.checkpoint(1)
+    for restart in (world.kill_controller, lambda: world.resume(saved, new_controller=True)):
+        restart()
+        report = world.get_batch(1).report
+        assert (report["rollout/filtered"], report["rollout/filtered_total"]) == (0, 2)
+
+
 def test_a_trainer_without_checkpoint_starts_over():
     world = World(config(), 30)
     start(world)

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -91,6 +92,27 @@ def test_missing_empty_and_unknown_data_are_errors(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             load_dataset(spec)
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_an_error_in_one_line(tmp_path):
+    line = json.dumps({"prompt": "p", "answer": "1"}) + "\n"
+    packed = gzip.compress(line.encode() * 1000)
+    for name, content in (("a.jsonl.gz", line.encode()), ("b.jsonl.gz", packed[:-9]), ("c.json.gz", packed[:-9])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}' cannot be read: "):
+            load_dataset(str(tmp_path / name))
+    damaged = bytearray(packed)
+    damaged[12] ^= 255
+    (tmp_path / "d.jsonl.gz").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"d.jsonl.gz' cannot be read: "):
+        load_dataset(str(tmp_path / "d.jsonl.gz"))
+
+
+def test_a_place_in_a_record_may_be_written_as_a_number(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "0": "7"})
+    assert load_dataset(path, DataConfig(fields={"answer": 0}))[0]["answer"] == "7"
+    with pytest.raises(DataError, match=r"a.jsonl:1: bad record: it has no '1'"):
+        load_dataset(path, DataConfig(fields={"answer": 1}))
 
 
 def test_arithmetic_is_right_repeatable_and_of_the_lengths_asked():

@@ -58,6 +58,10 @@ def broken(config, key, value):
         ("rewards.verifiers", ("areal_jax.rewards:verify_code",), "verify_code needs ['tests']; the record has"),
         ("rewards.weights", (1.0, 2.0), "rewards.weights has 2 entries for 1 verifiers"),
         ("rewards.address", "127.0.0.1:80", "is not an address"),
+        ("controller.address", "tcp://127.0.0.1:70000", "is not an address"),
+        ("controller.heartbeat_seconds", 30.0, "heartbeat_limit=30 must be longer than controller."),
+        ("seed", 2**63, "seed=9223372036854775808 must be a number of 64 bits"),
+        ("trainer.seed", -1, "trainer.seed=-1 must be at least 0"),
         ("model", "", "no model given"),
         ("model", "/nowhere", "the model folder '/nowhere' does not exist"),
         ("data.train", "", "no data set given"),
@@ -130,6 +134,28 @@ def test_a_checkpoint_must_be_whole(config, tmp_path, name, message):
     (folder / name).unlink()
     config.model = str(folder)
     with pytest.raises(ConfigError, match=message):
+        validate.validate(config)
+
+
+def test_every_file_of_weights_must_be_there_and_whole(config, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(config.model, folder)
+    config.model = str(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    for content in (weights[:-1], weights[:100], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b""):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"model.safetensors' is no whole file of weights \(.*\): did its"):
+            validate.validate(config)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(weights)
+    index, shards = folder / "model.safetensors.index.json", {"a": "model-00001-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": shards}))
+    validate.validate(config)
+    index.write_text(json.dumps({"weight_map": shards | {"b": "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(ConfigError, match=r"has no 'model-00002-of-00002.safetensors', which its index names"):
+        validate.validate(config)
+    index.write_text("{")
+    with pytest.raises(ConfigError, match=r"index.json' cannot be read: JSONDecodeError"):
         validate.validate(config)
 
 

@@ -13,7 +13,8 @@ CONFIG = resolve(default_config())
 ROWS = [
     {"step": i + 1, "reward/mean": 0.1 * i, "reward/accuracy": 0.1 * i, "staleness/max": i % 3,
      "staleness/hist": [3, 2, 1],
-     "perf/gen_tokens_per_s": 1000.0 * i, "perf/train_tokens_per_s": 500.0}
+     "perf/gen_tokens_per_s": 1000.0 * i, "perf/train_tokens_per_s": 500.0, "time/train": 1.0, "time/step": 4.0,
+     "batch/trained_tokens": 400}
     | ({"eval/accuracy": 0.25} if i == 0 else {})
     for i in range(10)
 ]  # fmt: skip
@@ -47,6 +48,7 @@ def test_lines_and_screen_show_the_numbers():
     state = snapshots.snapshot(ROWS, STATUS, CONFIG)
     line = step_line(state)
     assert "step  10/100" in line and "accuracy  90.0%" in line and "generated 9,000 tokens/s" in line
+    assert "trained 100 tokens/s" in line, "by the same clock: the wait for the batch counts"
     waits = "waits for rollout-0 (2 samples)"
     assert activity(state) == f"rollout-0 generating, trainer waits for batch; the next batch {waits}"
     text = io.StringIO()

@@ -88,13 +88,24 @@ def test_size_limited_shards_have_an_index_and_load(folder, tmp_path):
         assert sum(t.nbytes for t in tensors.values()) <= 40_000 and all(
             index["weight_map"][n] == file for n in tensors
         )
-    assert all(file.stat().st_mode & 0o044 == 0o044 for file in (tmp_path / "out").iterdir()), "others may read it"
     assert (tmp_path / "out/chat_template.jinja").read_text() == "contents of chat_template.jinja"
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
     _, again = models.load_hf(tmp_path / "out")
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16).astype(jnp.float32), b), params, again
     )
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_exported_weights_may_be_read_by_whom_the_user_lets(folder, tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        models.export_hf(*models.load_hf(folder), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {
+        "config.json": mode, "model.safetensors": mode,
+    }  # fmt: skip
 
 
 def test_a_failed_export_leaves_nothing(folder, tmp_path):

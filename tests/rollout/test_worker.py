@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from worlds import ScriptedEngine, World, manifest, play
 
+from areal_jax.rollout.session import Transcript
 from areal_jax.transport.messages import (
     Cancel,
     Goodbye,
@@ -114,6 +115,25 @@ def test_a_workflow_that_returns_nonsense_is_an_error(tmp_path, result):
 
 
 ONES = {"tokens": np.ones(2, np.int32), "loss_mask": np.ones(2, bool), "versions": np.zeros(2, np.int32)}
+
+
+def test_a_trajectory_that_no_row_need_hold_is_an_error_of_its_workflow(tmp_path):
+    class Talkative:
+        async def run(self, session, record):
+            transcript = Transcript(session.encode(record))
+            transcript.sampled(await session.generate(transcript.tokens))
+            transcript.give(np.ones(session.room(transcript.tokens) + (record["prompt"] == "long"), np.int32))
+            return [transcript.trajectory(1.0, {}, "stop")]
+
+    async def story(world):
+        await world.welcome()
+        await world.assign("long")
+        failed = await world.receive(SampleFailed)
+        assert failed.detail == "ValueError: a trajectory has 201 tokens, more than rollout.max_length=200"
+        await world.assign("short")
+        assert len((await world.receive(SampleDone)).trajectories[0].tokens) == 200
+
+    play(World(tmp_path, workflow=Talkative()), story)
 
 
 @pytest.mark.parametrize(

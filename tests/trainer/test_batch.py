@@ -89,6 +89,9 @@ def test_where_there_are_fewer_groups_than_minibatches_none_is_empty():
         ({"correction": "tis"}, "would apply π_prox/π_behav twice"),
         ({"correction": "m2po", "proximal": "fused"}, "sees the whole batch: it needs proximal='recompute'"),
         ({"correction_args": {"cap": 2.0}}, "correction_args is set but trainer.correction is 'none'"),
+        ({"objective_args": {"clip_high": "0.2"}}, r"objective_args=\{'clip_high': '0.2'\} cannot be computed with: "),
+        ({"objective_args": {"cap_mode": "cut"}}, "cannot be computed with: cap_mode='cut' is not one of 'mask'"),
+        ({"correction": "m2po", "correction_args": {"budget": "x"}}, r"correction_args=\{'budget': 'x'\} cannot"),
         ({"aggregate": "mean"}, "trainer.aggregate='mean' is unknown; known: token_mean"),
         ({"proximal": "fused", "minibatches": 2}, "exact with one minibatch only, and trainer.minibatches=2"),
         ({"proximal": "ema"}, "trainer.proximal='ema' is unknown"),
@@ -105,6 +108,10 @@ def test_advantage_and_mesh_settings_are_checked():
         advantages.check("grpo", {})
     with pytest.raises(ValueError, match="advantage_args std: 'group_relative' has no such argument; it takes scale"):
         advantages.check("group_relative", {"std": 1})
+    with pytest.raises(ValueError, match=r"advantage_args=\{'scale': 'mean'\} cannot be computed with: scale='mean'"):
+        advantages.check("group_relative", {"scale": "mean"})
+    for name in advantages.ESTIMATORS:
+        advantages.check(name, {})
     with pytest.raises(objectives.ObjectiveError, match="does not fit 8 devices"):
         learner.mesh_of(toy.settings(data_parallel=3, fsdp=1))
     with pytest.raises(objectives.ObjectiveError, match=r"trainer\.rows=6 must be a multiple"):

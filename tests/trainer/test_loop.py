@@ -98,6 +98,18 @@ def test_a_whole_run_then_stop_and_resume(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_summary_of_a_resumed_run_counts_the_updates_skipped_before_it_was_stopped(tmp_path):
+    workdir, config = fake.prepare(tmp_path, grad_norm_limit=1e-9)
+    asked = []
+    with fake.FakeController(workdir) as first:
+        first.on_batch = asked.append
+        assert not train(config, workdir, told_to_stop=lambda: 2 in asked)
+    with fake.FakeController(workdir):
+        assert train(config, workdir)
+    assert json.loads((workdir / "summary.json").read_text())["skipped_updates"] == 3
+
+
+@pytest.mark.slow
 def test_what_must_not_be_trained_on_ends_the_run(tmp_path):
     def too_old(version):
         return toy.make_groups(np.random.default_rng(0), version=version, lags=(3,))
