@@ -4,9 +4,13 @@
     python tools/bench_async.py --config configs/quickstart.py --steps 80 --json bench.json --plot bench.png
 
 Runs the same job once per mode (and repeat), each from the same checkpoint, and prints one table: trained tokens per
-second, seconds of training, idle share of each side, final accuracy. Seconds count from the first batch to the last
-update: start-up, compilation and evaluation are left out, in every mode alike. The picture shows what both sides did
-during some seconds in the middle of each run.
+second, seconds of training, idle share of each side, final accuracy. Start-up, compilation and evaluation are left out.
+Tokens per second are those of the steady state: without the first steps, whose batches were generated while the trainer
+compiled, and the last, beside which nothing is generated. The picture shows what both sides did during some seconds in
+the middle of each run.
+
+`sync` is the fastest synchronous mode that we have; `sync_exact` is what `controller.max_staleness=0` gives by itself,
+where every decode has one shape, so that a run can be repeated bit for bit.
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Both sides have all cores in turn, and no reason to let the other go first.
+SYNC = {"controller.max_staleness": 0, "launch.rollout_env.NPROC": os.cpu_count(), "launch.rollout_nice": 0}
 MODES = {
-    # Both sides have all cores in turn, and no reason to let the other go first.
-    "sync": {"controller.max_staleness": 0, "launch.rollout_env.NPROC": os.cpu_count(), "launch.rollout_nice": 0},
+    "sync": SYNC | {"rollout.exact": "never"},
+    "sync_exact": SYNC,
     "eta1": {"controller.max_staleness": 1},
     "eta4": {"controller.max_staleness": 4},
     "eta4_uninterrupted": {"controller.max_staleness": 4, "rollout.interruptible": False},
@@ -34,6 +40,7 @@ COLOURS = {
     "training": "#2a6f97", "generating": "#2a9d8f", "loading_weights": "#e9c46a", "publishing": "#e9c46a",
     "waiting": "#e76f51", "idle": "#f4a261", "evaluating": "#9d8189", "compiling": "#cccccc", "starting": "#cccccc",
 }  # fmt: skip
+FIRST, LAST = 10, 5  # steps at both ends that are not the steady state
 
 
 def run(mode: str, workdir: Path, options: argparse.Namespace) -> dict:
@@ -45,11 +52,10 @@ def run(mode: str, workdir: Path, options: argparse.Namespace) -> dict:
     if done.returncode != 0:
         sys.exit(f"the run in {workdir} failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     summary = json.loads((workdir / "summary.json").read_text())
-    seconds = sum(summary["trainer_seconds"].values())
     return {
         "mode": mode,
-        "tokens_per_second": summary["trained_tokens"] / seconds,
-        "wall_seconds": seconds,
+        "tokens_per_second": steady_rate(workdir),
+        "wall_seconds": sum(summary["trainer_seconds"].values()),
         "trainer_idle": summary["trainer_idle_fraction"],
         "rollout_idle": summary["rollout_idle_fraction"],
         "accuracy": summary["accuracy_after"],
@@ -57,6 +63,13 @@ def run(mode: str, workdir: Path, options: argparse.Namespace) -> dict:
         "max_staleness": summary["max_staleness"],
         "dropped_stale": summary["dropped_stale"],
     }
+
+
+def steady_rate(workdir: Path) -> float:
+    """Trained tokens per second, the waits for batches included."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    steps = [line for line in lines if "actor/loss" in line][FIRST:-LAST]
+    return sum(step["batch/trained_tokens"] for step in steps) / sum(step["time/step"] for step in steps)
 
 
 def median(rows: list[dict]) -> dict:
@@ -139,6 +152,8 @@ def main() -> None:
     parser.add_argument("--plot-seconds", type=float, default=20.0)
     options, options.overrides = parser.parse_known_args()
     modes = options.modes.split(",")
+    if options.steps < 2 * (FIRST + LAST):
+        parser.error(f"--steps {options.steps}: at least {2 * (FIRST + LAST)}, of which some are the steady state")
     if unknown := set(modes) - set(MODES):
         parser.error(f"unknown modes {sorted(unknown)}; known: {', '.join(MODES)}")
     if bad := [o for o in options.overrides if not o.startswith("--config.")]:

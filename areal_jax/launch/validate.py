@@ -27,6 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.mo
 _CHOICES = {
     "controller.over_age": ("drop", "wait"),
     "rollout.engine": ("jax", "vllm"),
+    "rollout.exact": ("sync", "always", "never"),
     "rollout.kv_policy": ("recompute", "keep"),
     "rollout.dtype": ("float32", "bfloat16", "float16"),
     "rewards.on_error": ("drop", "stop"),
@@ -324,11 +325,11 @@ def _check_weights(folder: str) -> None:
         raise ConfigError(f"the model folder '{folder}' has no '{name}', which its index names") from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"'{path}' is no whole file of weights ({_line(error)}): did its download break off, or is it a pointer of "
-            f"Git LFS?"
+            f"'{path}' is no whole file of weights ({one_line(error)}): did its download break off, or is it a "
+            f"pointer of Git LFS?"
         ) from None
     except (ValueError, LookupError, AttributeError) as error:
-        raise ConfigError(f"'{index}' cannot be read: {type(error).__name__}: {_line(error)}") from None
+        raise ConfigError(f"'{index}' cannot be read: {type(error).__name__}: {one_line(error)}") from None
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -28,8 +28,8 @@ async def serve(workdir: str, index: int) -> int:
     clock = Clock(trace=trace_path(workdir, f"rollout-{index}"))
     values = configs.load(workdir)
     rollout = configs.section(RolloutConfig, values["rollout"])
-    if values["controller"]["max_staleness"] == 0:
-        rollout = dataclasses.replace(rollout, exact=True)
+    if rollout.exact == "sync" and values["controller"]["max_staleness"] == 0:
+        rollout = dataclasses.replace(rollout, exact="always")
     rewards = configs.section(RewardsConfig, values["rewards"])
     from transformers import AutoTokenizer  # takes seconds: not before the settings are known to be good
 

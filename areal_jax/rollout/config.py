@@ -18,7 +18,7 @@ class RolloutConfig:
     kv_policy: str = "recompute"  # on new weights: "recompute" caches (the paper) or "keep" them
     interruptible: bool = True  # False: finish running sequences before loading new weights
     rolling_updates: bool = True  # workers load one after another, so that the fleet never stands still
-    exact: bool = False  # embedded engine: log-probs do not depend on scheduling, to the last bit; always so at η = 0
+    exact: str = "sync"  # embedded engine: bits do not depend on the schedule: "sync" (where η = 0), "always", "never"
     steps_per_dispatch: int = 8  # embedded engine: decode steps per dispatch
     workflow: str = "areal_jax.rollout.workflows:SingleTurn"  # import path
     workflow_args: dict = dataclasses.field(default_factory=dict)

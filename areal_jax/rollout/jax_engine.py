@@ -391,6 +391,6 @@ def make_jax_engine(config: RolloutConfig, model_path: str, workdir: str | os.Pa
         kv_policy=config.kv_policy,
         interruptible=config.interruptible,
         dtype=config.dtype,
-        exact=config.exact,
+        exact=config.exact == "always",
         **config.engine_args,
     )

@@ -47,7 +47,7 @@ def check_args(engine_args: Mapping[str, Any], known: set[str]) -> None:
 
 
 def known_args() -> set[str]:
-    """Names of the installed vLLM's engine arguments, read from its source: importing it takes seconds. Empty without."""
+    """Names of the installed vLLM's engine arguments, from its source: importing it takes seconds. Empty without."""
     spec = importlib.util.find_spec("vllm")
     places = spec.submodule_search_locations if spec else None
     try:
