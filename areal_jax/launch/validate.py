@@ -6,7 +6,6 @@ set, and the tables of names that the roles themselves use.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -265,6 +264,7 @@ def check_rewards(config: Mapping[str, Any]) -> None:
 def check_model(config: Mapping[str, Any]) -> None:
     """The checkpoint folder is whole, its architecture is known, and its context is long enough."""
     from areal_jax.models.config import ModelConfig, ModelError
+    from areal_jax.models.files import weight_files
 
     folder = config["model"]
     if not folder:
@@ -278,8 +278,9 @@ def check_model(config: Mapping[str, Any]) -> None:
     if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
         raise ConfigError(f"the model folder '{folder}' has no tokenizer (tokenizer.json); copy it from the base model")
     try:
+        weight_files(folder)
         model = ModelConfig.from_hf(folder)
-    except (ModelError, json.JSONDecodeError) as error:
+    except ModelError as error:
         raise ConfigError(f"model '{folder}': {_line(error)}") from None
     if config["rollout"]["max_length"] > model.max_positions:
         raise ConfigError(

@@ -130,6 +130,8 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
             return json.load(f)
     except FileNotFoundError as e:
         raise ModelError(f"no config.json at {path!r}; give the folder of a Hugging Face checkpoint") from e
+    except ValueError as e:
+        raise ModelError(f"{path!r} is not JSON: {e}") from e
 
 
 class _Keys:

@@ -133,6 +133,18 @@ def test_a_checkpoint_must_be_whole(config, tmp_path, name, message):
         validate.validate(config)
 
 
+def test_a_download_that_is_not_whole_is_named(config, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(config.model, folder)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors").rename(folder / first)
+    index = {"weight_map": {"a": first, "b": second}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.model = str(folder)
+    with pytest.raises(ConfigError, match=f"not whole: {second}"):
+        validate.validate(config)
+
+
 def test_the_context_and_the_tokenizer_must_fit_the_model(config, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(config.model, folder)
