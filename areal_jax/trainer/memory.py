@@ -42,12 +42,18 @@ def num_params(c: ModelConfig) -> int:
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     attention = c.hidden_size * (2 * queries + 2 * keys)
     attention += c.qkv_bias * (queries + 2 * keys) + c.output_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
-    if c.num_experts:
-        mlp = c.num_experts * (c.hidden_size + 3 * c.hidden_size * c.expert_mlp_size)
-    else:
-        mlp = 3 * c.hidden_size * c.mlp_size
-    heads = 1 if c.tie_embeddings else 2
-    return c.num_layers * (attention + mlp + 2 * c.hidden_size) + (heads * c.vocab_size + 1) * c.hidden_size
+    mlp = 0 if c.num_experts else 3 * c.hidden_size * c.mlp_size
+    return c.num_layers * (attention + mlp + 2 * c.hidden_size) + _experts(c) + _tables(c) + c.hidden_size
+
+
+def _experts(c: ModelConfig) -> int:
+    """Parameters of all layers' experts and routers."""
+    return c.num_layers * c.num_experts * (c.hidden_size + 3 * c.hidden_size * c.expert_mlp_size)
+
+
+def _tables(c: ModelConfig) -> int:
+    """Parameters of the embedding, and of the head where that is another matrix."""
+    return (1 if c.tie_embeddings else 2) * c.vocab_size * c.hidden_size
 
 
 def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
@@ -56,13 +62,15 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
     Raises `ValueError` where the mesh does not fit the number of devices.
     """
     data, fsdp, tensor, expert = mesh(t, devices)
-    shards = fsdp * tensor * expert
-    params = num_params(c)
-    trained = params if not t.lora_rank else _adapters(c, t.lora_rank)
+    params, mixed = num_params(c), _experts(c)
+    shards = fsdp * tensor * params / (params - mixed + mixed / expert)  # only experts are split over `expert`
+    trained, trained_shards = params, shards
+    if t.lora_rank:
+        trained, trained_shards = _adapters(c, t.lora_rank), fsdp * tensor
     width = BYTES[t.compute_dtype]
     rows = t.fixed_sequences if t.packing == "fixed" else t.rows
     tokens = max(1, rows // (data * fsdp)) * t.row_length
-    layer = (params - 2 * c.vocab_size * c.hidden_size) / c.num_layers
+    layer = (params - _tables(c)) / c.num_layers
     logits = min(tokens * c.vocab_size, max(128 * c.vocab_size, LOGITS_PER_CHUNK)) / tensor
     head = c.vocab_size * c.hidden_size / tensor
     # Without flash attention, a few float32 arrays of one block's scores, a quarter of the row's queries.
@@ -73,9 +81,9 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
     return Estimate(
         {
             "parameters": params * BYTES[t.param_dtype] * (2 if t.kl_coef else 1) / shards,
-            "moments": trained * 8 / shards,
-            "gradients": trained * 4 / shards,
-            "a micro-batch's gradients": trained * BYTES[t.param_dtype] / shards,
+            "moments": trained * 8 / trained_shards,
+            "gradients": trained * 4 / trained_shards,
+            "a micro-batch's gradients": trained * BYTES[t.param_dtype] / trained_shards,
             "kept activations": c.num_layers * tokens * width * _kept(c, t.remat, tensor),
             "flash statistics": tokens * statistics * (1 if t.remat == "full" else c.num_layers),
             "one layer": tokens * width * _kept(c, "none", tensor) + 2 * layer * (4 + width) / (tensor * expert),
