@@ -61,9 +61,7 @@ def test_what_is_not_implemented_is_said(name, changes, message):
 
 def test_defaults_are_those_of_transformers():
     def read(name, *missing, **changes):
-        return models.ModelConfig.from_hf(
-            {k: v for k, v in (tiny.CONFIGS[name] | changes).items() if k not in missing}
-        )
+        return models.ModelConfig.from_hf({k: v for k, v in (tiny.CONFIGS[name] | changes).items() if k not in missing})
 
     window = {"use_sliding_window": True, "max_window_layers": 0}
     assert read("qwen2-tied", "sliding_window", **window).sliding_window == 4096
