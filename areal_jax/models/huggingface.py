@@ -31,8 +31,8 @@ STAGED_BYTES = 2**30  # of a parameter in host memory at a time, while it is loa
 # Copied on export when the source has them: everything about the tokenizer and about generation, nothing about weights.
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates", "LICENSE", "NOTICE",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model.v3", "tekken.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates", "LICENSE", "LICENSE.txt", "NOTICE",
 )  # fmt: skip
 
 
@@ -200,6 +200,8 @@ def load_hf(path: str | os.PathLike, mesh=None, param_dtype=jnp.float32, rules=N
         raise ModelError(
             f"tensors in {path!r} that this {model.config.family!r} model has no place for: {_list(extra)}"
         )
+    if "lm_head.weight" in unknown:
+        _check_tied(files)
     places = _flat_shardings(base, None)
     flat = {}
     for row in rows(model.config, abstract):
@@ -208,6 +210,16 @@ def load_hf(path: str | os.PathLike, mesh=None, param_dtype=jnp.float32, rules=N
             _check_shape(name, files.slice(name).get_shape(), row.hf_shape(spec.shape))
         flat[row.path] = _stream(_reader(files, row, spec), spec, places.get(row.path), stacked=row.counted > 0)
     return model, add_lora(model, unflatten({path: flat[path] for path in abstract}))
+
+
+def _check_tied(files: _Files) -> None:
+    """A head that was trained by itself differs from the embedding in every row: the first ones tell."""
+    shape = files.slice("model.embed_tokens.weight").get_shape()
+    _check_shape("lm_head.weight", files.slice("lm_head.weight").get_shape(), shape)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    embedding, head = (files.slice(name)[: min(1024, shape[0])] for name in names)
+    if (head.astype(embedding.dtype) != embedding).any():
+        raise ModelError("'lm_head.weight' is not the embedding, which tie_word_embeddings says: correct one of both")
 
 
 def _stream(read, spec, place, stacked: bool) -> jax.Array:

@@ -98,6 +98,17 @@ def test_a_checkpoint_that_is_not_whole_names_the_file(folder, tmp_path):
         models.load_hf(folder)
 
 
+def test_a_head_that_is_tied_in_name_only_is_refused(tmp_path):
+    model, params = tiny.model_and_params("qwen2-tied")
+    models.export_hf(model, params, tmp_path / "tied", dtype=jnp.bfloat16)
+    embedding = np.asarray(params["embedding"])
+    _edit(tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": embedding}))
+    models.load_hf(tmp_path / "tied")
+    _edit(tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(models.ModelError, match="not the embedding, which tie_word_embeddings says"):
+        models.load_hf(tmp_path / "tied")
+
+
 def test_rotary_frequencies_of_old_checkpoints_are_not_needed(folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     _, params = models.load_hf(folder)
