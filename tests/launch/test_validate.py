@@ -109,8 +109,9 @@ def test_long_prompts_may_be_skipped_but_not_all(config, tmp_path):
 
 def test_the_choices_are_those_of_the_models():
     """The launcher names them itself, so as not to need jax."""
-    from areal_jax.models import attention, model
+    from areal_jax.models import attention, huggingface, model
 
+    assert set(validate.TOKENIZER_FILES) <= set(huggingface.COPIED)  # what is asked for is exported
     assert set(validate._CHOICES["trainer.remat"]) == set(model.REMAT)
     assert set(validate._CHOICES["trainer.layers"]) == set(model.LAYERS)
     assert set(validate._CHOICES["trainer.attention"]) == set(attention.IMPLEMENTATIONS)
