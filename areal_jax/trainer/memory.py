@@ -74,10 +74,10 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
     logits = min(tokens * c.vocab_size, max(128 * c.vocab_size, LOGITS_PER_CHUNK)) / tensor
     head = c.vocab_size * c.hidden_size / tensor
     # Without flash attention, a few float32 arrays of one block's scores, a quarter of the row's queries.
-    scores = 3 * 4 * t.row_length / 4 * c.num_heads / tensor * (t.attention == "xla")
+    scores = 3 * 4 * t.row_length / 4 * c.num_heads / _split(c, tensor) * (t.attention == "xla")
     # Flash attention leaves a float32 for every token, head and segment that the token's row may hold: its outputs are
     # kept with attention's result, or exist for one layer at a time.
-    statistics = 4 * max(2, max_segments(t)) * c.num_heads / tensor * (t.attention != "xla")
+    statistics = 4 * max(2, max_segments(t)) * c.num_heads / _split(c, tensor) * (t.attention != "xla")
     return Estimate(
         {
             "parameters": params * BYTES[t.param_dtype] * (2 if t.kl_coef else 1) / shards,
@@ -120,7 +120,8 @@ def mesh(t: TrainerConfig, devices: int) -> tuple[int, int, int, int]:
 
 def _kept(c: ModelConfig, remat: str, tensor: int) -> float:
     """Numbers per token that one layer keeps for the backward pass, besides its parameters (see models/model.py)."""
-    stream, queries, keys = c.hidden_size, c.num_heads * c.head_dim / tensor, c.num_kv_heads * c.head_dim / tensor
+    stream, size = c.hidden_size, c.head_dim / _split(c, tensor)
+    queries, keys = c.num_heads * size, c.num_kv_heads * size
     mlp = (c.experts_per_token * c.expert_mlp_size if c.num_experts else c.mlp_size) / tensor
     kept = {
         "full": 0.0,
@@ -131,6 +132,11 @@ def _kept(c: ModelConfig, remat: str, tensor: int) -> float:
         "none": 6 * stream + 4 * queries + 4 * keys + 4 * mlp,
     }
     return stream + kept[remat]
+
+
+def _split(c: ModelConfig, tensor: int) -> int:
+    """Into how many parts attention's heads are split: key/value heads that do not divide stay whole (see sharding)."""
+    return 1 if c.num_kv_heads % tensor else tensor
 
 
 def _adapters(c: ModelConfig, rank: int) -> int:

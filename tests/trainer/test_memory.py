@@ -124,6 +124,15 @@ def test_a_layer_is_as_large_whether_the_head_is_tied_or_not():
     assert tied["one layer"] == pytest.approx(untied["one layer"])
 
 
+def test_heads_that_the_mesh_does_not_divide_are_counted_whole():
+    trainer = TrainerConfig(tensor=4, attention="xla", remat="attention")
+    two, four = (memory.trainer(dataclasses.replace(SMALL, num_kv_heads=n), trainer, 4).parts for n in (2, 4))
+    assert two["scores"] == 4 * four["scores"]
+    tokens, queries = trainer.rows * trainer.row_length, SMALL.num_heads * SMALL.head_dim
+    more = SMALL.num_layers * tokens * 4 * queries * (1 - 1 / 4)
+    assert two["kept activations"] - four["kept activations"] == pytest.approx(more)
+
+
 def test_adapters_shrink_what_is_trained():
     full, lora = (memory.trainer(SMALL, TrainerConfig(lora_rank=rank), 1).parts for rank in (0, 4))
     adapted = Model(SMALL, lora=Lora(4))
