@@ -287,6 +287,10 @@ def check_model(config: Mapping[str, Any]) -> None:
             f"rollout.max_length={config['rollout']['max_length']} is longer than the model's context of "
             f"{model.max_positions} tokens"
         )
+    if config["trainer"]["expert"] > 1 and not model.num_experts:
+        raise ConfigError(
+            f"trainer.expert={config['trainer']['expert']} splits nothing: the model has no experts; use trainer.fsdp"
+        )
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in '{folder}' names no end-of-sequence token: no answer would ever end")

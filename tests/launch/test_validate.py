@@ -117,6 +117,12 @@ def test_the_choices_are_those_of_the_models():
     assert set(validate._CHOICES["trainer.attention"]) == set(attention.IMPLEMENTATIONS)
 
 
+def test_an_expert_axis_needs_experts(config):
+    config.trainer.expert = 2
+    with pytest.raises(ConfigError, match=r"trainer\.expert=2 splits nothing"):
+        validate.validate(config)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
