@@ -8,7 +8,7 @@ and the new one (`rope_parameters`) are understood.
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -206,14 +206,18 @@ def _common(hf: _Keys, family: str) -> dict[str, Any]:
 
 def _window(hf: _Keys) -> int | None:
     """Qwen's sliding window: the layers from `max_window_layers` on have one, the layers before see everything."""
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    window = (hf.get("sliding_window", 4096) or None) if hf.get("use_sliding_window") else None
     if not window or hf.family == "qwen3_moe":  # there, all layers have it
         return window
     layers, full = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
     kinds = hf.get("layer_types") or ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
-    if len(set(kinds)) > 1:
-        raise ModelError("layers with and without a sliding window in one model are not implemented (layer_types)")
+    _check_alike(kinds)
     return window if kinds[0] == "sliding_attention" else None
+
+
+def _check_alike(layer_types: Sequence[str]) -> None:
+    if len(set(layer_types)) > 1:
+        raise ModelError("layers with and without a sliding window in one model are not implemented (layer_types)")
 
 
 def _qwen2(hf: _Keys, family: str) -> ModelConfig:
@@ -250,7 +254,8 @@ def _llama(hf: _Keys, family: str) -> ModelConfig:
 
 
 def _mistral(hf: _Keys, family: str) -> ModelConfig:
-    return ModelConfig(**_common(hf, family), sliding_window=hf.get("sliding_window", 4096))
+    _check_alike(hf.get("layer_types") or ())  # vLLM would heed them, transformers does not
+    return ModelConfig(**_common(hf, family), sliding_window=hf.get("sliding_window", 4096) or None)  # 0: none, too
 
 
 # family: (architecture, model_type, reader). A new dense family is one line here and one in `tables.TABLES`.

@@ -48,6 +48,7 @@ def test_published_configs_mean_what_they_mean_to_transformers(name):
         ),
         ("Qwen2.5-7B-Instruct", {"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantized \(awq\)"),
         ("Qwen2.5-7B-Instruct", {"use_sliding_window": True, "max_window_layers": 14}, "layer_types"),
+        ("Mistral-7B-v0.1", {"layer_types": ["sliding_attention", "full_attention"] * 16}, "layer_types"),
         ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
         ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         ("Llama-3.2-1B", {"mlp_bias": True}, "mlp_bias=True"),
@@ -66,6 +67,8 @@ def test_defaults_are_those_of_transformers():
     window = {"use_sliding_window": True, "max_window_layers": 0}
     assert read("qwen2-tied", "sliding_window", **window).sliding_window == 4096
     assert read("mistral", "sliding_window").sliding_window == 4096
+    assert read("mistral", sliding_window=0).sliding_window is None  # which some checkpoints say, and vLLM takes so
+    assert read("qwen2-tied", sliding_window=0, **window).sliding_window is None
     # In every layer of a mixture, whatever max_window_layers says.
     assert read("qwen3-moe", use_sliding_window=True, sliding_window=50, max_window_layers=2).sliding_window == 50
     assert read("qwen3-moe", head_dim=None).head_dim == read("qwen3-moe", "head_dim").head_dim == 12
