@@ -1,4 +1,4 @@
-"""Published checkpoints' `config.json`, without what says nothing about the network. Facts, for tests."""
+"""`config.json` after published checkpoints, written from memory: the keys and sizes of such files, for tests."""
 
 _QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
