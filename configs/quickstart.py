@@ -3,7 +3,8 @@
 Command:   bash launch/quickstart.sh
 Hardware:  2 CPU cores, 4 GB of memory, no GPU
 Task:      sums of two to sixteen digits with visible steps, from a checkpoint that tools/make_toy_checkpoint.py made;
-           few have many digits, so that the longest answer of a batch is three times the mean, as in reasoning
+           few have many digits, so that the longest answer of a batch is about three times the mean, as in reasoning
+Expect:    held-out accuracy from 36% to above 95%, in about a minute
 """
 
 import os
@@ -25,8 +26,8 @@ def get_config():
     c.controller.max_staleness = 4
 
     c.rollout.slots = 64
-    c.rollout.max_length = 192
-    c.rollout.max_new_tokens = 160
+    c.rollout.max_length = 168
+    c.rollout.max_new_tokens = 136
     c.rollout.steps_per_dispatch = 8
 
     c.launch.compile_cache = "runs/.compiled"  # the next start compiles nothing
@@ -40,7 +41,7 @@ def get_config():
     c.trainer.steps = 120
     c.trainer.eval_every = 20
     c.trainer.proximal = "fused"  # exact and free with one minibatch
-    c.trainer.row_length = 192
+    c.trainer.row_length = 168
     c.trainer.rows = 6  # small micro-batches: whatever is sampled fills them
     c.trainer.learning_rate = 5e-5
     c.trainer.warmup_steps = 5

@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="the folder to create")
     parser.add_argument("--version", type=int, help="which checkpoint; default the newest")
     parser.add_argument("--source", help="the original checkpoint; default the model that the run started with")
-    parser.add_argument("--dtype", default="bfloat16", help="of the tensors in the files")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the tensors in the files"
+    )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size limit of one file, in 10^9 bytes")
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
     args = parser.parse_args(argv)
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             model, params, args.out, source=source, dtype=args.dtype, max_shard_bytes=int(args.max_shard_gb * 1e9),
             overwrite=args.overwrite,
         )  # fmt: skip
-    except (CheckpointError, models.ModelError) as error:
+    except (CheckpointError, models.ModelError, OSError) as error:
         print(f"export_hf: error: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: version {version}, {model.num_params():,} parameters, {args.dtype}")

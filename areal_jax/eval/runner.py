@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import glob
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -145,16 +144,20 @@ class Evaluator:
 
 
 def checkpoint_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor in the safetensors files of a checkpoint folder; a tied head is left out.
+    """(name, array) of every tensor that a checkpoint folder's network needs; a tied head is left out.
 
-    Raises `ValueError` where there is none.
+    Raises `ValueError` where weights are missing.
     """
-    files = sorted(glob.glob(os.path.join(glob.escape(os.fspath(folder)), "*.safetensors")))
-    if not files:
-        raise ValueError(f"'{folder}' has no *.safetensors; other weight formats are not read")
+    from areal_jax.models.config import ModelError  # which brings jax
+    from areal_jax.models.files import is_redundant, weight_files
+
+    try:
+        files = weight_files(folder)
+    except ModelError as error:
+        raise ValueError(str(error)) from None
     tied = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", False)
     for path in files:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
-                if not (tied and name == "lm_head.weight"):
+                if not is_redundant(name, tied):
                     yield name, file.get_tensor(name)

@@ -6,7 +6,6 @@ set, and the tables of names that the roles themselves use.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -284,17 +283,21 @@ def check_model(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"the model folder '{folder}' does not exist")
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ConfigError(f"the model folder '{folder}' has no config.json; give a Hugging Face checkpoint folder")
-    _check_weights(folder)
     if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
         raise ConfigError(f"the model folder '{folder}' has no tokenizer (tokenizer.json); copy it from the base model")
     try:
+        _check_weights(folder)
         model = ModelConfig.from_hf(folder)
-    except (ModelError, json.JSONDecodeError) as error:
+    except ModelError as error:
         raise ConfigError(f"model '{folder}': {one_line(error)}") from None
     if config["rollout"]["max_length"] > model.max_positions:
         raise ConfigError(
             f"rollout.max_length={config['rollout']['max_length']} is longer than the model's context of "
             f"{model.max_positions} tokens"
+        )
+    if config["trainer"]["expert"] > 1 and not model.num_experts:
+        raise ConfigError(
+            f"trainer.expert={config['trainer']['expert']} splits nothing: the model has no experts; use trainer.fsdp"
         )
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
@@ -309,27 +312,17 @@ def _check_weights(folder: str) -> None:
     """The files of weights are all there and whole, as their heads tell: a download may have broken off."""
     from safetensors import SafetensorError, safe_open
 
-    files = {name for name in os.listdir(folder) if name.endswith(".safetensors")}
-    if not files:
-        raise ConfigError(f"the model folder '{folder}' has no *.safetensors; other weight formats are not read")
-    index = os.path.join(folder, "model.safetensors.index.json")
-    try:
-        if os.path.exists(index) and "model.safetensors" not in files:  # else it is of other files
-            with open(index, encoding="utf-8") as file:
-                files |= set(json.load(file)["weight_map"].values())
-        for name in sorted(files):
-            path = os.path.join(folder, name)
+    from areal_jax.models.files import weight_files
+
+    for path in weight_files(folder):
+        try:
             with safe_open(path, framework="np"):
                 pass
-    except FileNotFoundError:
-        raise ConfigError(f"the model folder '{folder}' has no '{name}', which its index names") from None
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"'{path}' is no whole file of weights ({one_line(error)}): did its download break off, or is it a "
-            f"pointer of Git LFS?"
-        ) from None
-    except (ValueError, LookupError, AttributeError) as error:
-        raise ConfigError(f"'{index}' cannot be read: {type(error).__name__}: {one_line(error)}") from None
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"'{path}' is no whole file of weights ({one_line(error)}): did its download break off, or is it a "
+                f"pointer of Git LFS?"
+            ) from None
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -72,7 +72,8 @@ def attention(q, k, v, segment_ids, *, window: int | None, max_segments: int, pl
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    mine = place.shard_shape(q.shape, "batch", None, "heads", None)
+    rows, length, kv_heads, size = place.shard_shape(k.shape, "batch", None, "kv_heads", None)
+    mine = rows, length, kv_heads * (q.shape[2] // k.shape[2]), size  # queries are split as their keys are
     if math.prod(mine) >= 2**31:  # jax computes the offsets of segments in int32
         raise ModelError(f"queries of shape {list(mine)} on one device are too many for cuDNN; use fewer trainer.rows")
     max_segments = max(2, max_segments)  # the private call takes offsets into account from two segments on

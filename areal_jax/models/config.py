@@ -8,7 +8,7 @@ and the new one (`rope_parameters`) are understood.
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -130,6 +130,8 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
             return json.load(f)
     except FileNotFoundError as e:
         raise ModelError(f"no config.json at {path!r}; give the folder of a Hugging Face checkpoint") from e
+    except ValueError as e:
+        raise ModelError(f"{path!r} is not JSON: {e}") from e
 
 
 class _Keys:
@@ -152,7 +154,10 @@ class _Keys:
 
 
 def _rope(hf: _Keys) -> Rope:
-    scaling = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    scaling = _Keys(dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {}), hf.family)
+    if nested := [key for key, value in scaling.hf.items() if isinstance(value, Mapping)]:
+        raise ModelError(f"rope parameters of some layers ({', '.join(nested)}) are not implemented, only of all alike")
+    scaling.refuse("partial_rotary_factor", 1.0, None)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     theta = float(scaling.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
     if kind == "default":
@@ -166,7 +171,7 @@ def _rope(hf: _Keys) -> Rope:
             float(scaling["factor"]),
             float(scaling["low_freq_factor"]),
             float(scaling["high_freq_factor"]),
-            int(scaling["original_max_position_embeddings"]),
+            int(scaling.get("original_max_position_embeddings") or hf["max_position_embeddings"]),
         )
     raise ModelError(f"rope type {kind!r} is not implemented (implemented: default, linear, llama3)")
 
@@ -175,6 +180,12 @@ def _common(hf: _Keys, family: str) -> dict[str, Any]:
     hf.refuse("hidden_act", "silu", "swish")
     hf.refuse("mlp_bias", False, None)
     hf.refuse("partial_rotary_factor", 1.0, None)
+    if quantized := hf.get("quantization_config"):
+        method = quantized.get("quant_method", "of an unnamed method")
+        raise ModelError(
+            f"the checkpoint is quantized ({method}), and such weights cannot be trained; give the one in bfloat16, "
+            "float16 or float32"
+        )
     heads = hf["num_attention_heads"]
     return dict(
         family=family,
@@ -195,13 +206,18 @@ def _common(hf: _Keys, family: str) -> dict[str, Any]:
 
 def _window(hf: _Keys) -> int | None:
     """Qwen's sliding window: the layers from `max_window_layers` on have one, the layers before see everything."""
-    if not hf.get("use_sliding_window") or not hf.get("sliding_window"):
-        return None
+    window = (hf.get("sliding_window", 4096) or None) if hf.get("use_sliding_window") else None
+    if not window or hf.family == "qwen3_moe":  # there, all layers have it
+        return window
     layers, full = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
     kinds = hf.get("layer_types") or ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
-    if len(set(kinds)) > 1:
+    _check_alike(kinds)
+    return window if kinds[0] == "sliding_attention" else None
+
+
+def _check_alike(layer_types: Sequence[str]) -> None:
+    if len(set(layer_types)) > 1:
         raise ModelError("layers with and without a sliding window in one model are not implemented (layer_types)")
-    return hf["sliding_window"] if kinds[0] == "sliding_attention" else None
 
 
 def _qwen2(hf: _Keys, family: str) -> ModelConfig:
@@ -221,7 +237,7 @@ def _qwen3_moe(hf: _Keys, family: str) -> ModelConfig:
     if not experts:
         raise ModelError("config.json of family 'qwen3_moe' lacks 'num_experts'")
     dense = _qwen3(hf, family)
-    if "head_dim" not in hf.hf:  # transformers has no default of its own here: hidden size over heads
+    if not hf.get("head_dim"):  # transformers has no default of its own here: hidden size over heads
         dense = dataclasses.replace(dense, head_dim=dense.hidden_size // dense.num_heads)
     return dataclasses.replace(
         dense,
@@ -238,7 +254,8 @@ def _llama(hf: _Keys, family: str) -> ModelConfig:
 
 
 def _mistral(hf: _Keys, family: str) -> ModelConfig:
-    return ModelConfig(**_common(hf, family), sliding_window=hf.get("sliding_window", 4096))
+    _check_alike(hf.get("layer_types") or ())  # vLLM would heed them, transformers does not
+    return ModelConfig(**_common(hf, family), sliding_window=hf.get("sliding_window", 4096) or None)  # 0: none, too
 
 
 # family: (architecture, model_type, reader). A new dense family is one line here and one in `tables.TABLES`.

@@ -5,7 +5,6 @@ memory beside what lives on the devices: some layers of one parameter when loadi
 """
 
 import errno
-import glob
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 
 from areal_jax.models import lora as lora_lib
 from areal_jax.models.config import ModelConfig, ModelError
+from areal_jax.models.files import INDEX, WHOLE, is_redundant, weight_files
 from areal_jax.models.model import Model, Params, add_lora
 from areal_jax.models.tables import flatten, rows, unflatten
 
@@ -31,8 +31,8 @@ STAGED_BYTES = 2**30  # of a parameter in host memory at a time, while it is loa
 # Copied on export when the source has them: everything about the tokenizer and about generation, nothing about weights.
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates", "LICENSE", "NOTICE",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model.v3", "tekken.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates", "LICENSE", "LICENSE.txt", "NOTICE",
 )  # fmt: skip
 
 
@@ -90,8 +90,8 @@ def from_hf(
 
     Args:
       model: with adapters (`lora`), these start as new ones do.
-      named_tensors: every tensor of `hf_tensor_specs` once, of any floating dtype; a tied head may be present and is
-        then ignored.
+      named_tensors: every tensor of `hf_tensor_specs` once, of any floating dtype; a tied head, or rotary frequencies,
+        may be present and are then ignored.
       param_dtype: dtype of the result.
       shardings: tree of shardings; default the model's mesh, or else the default device.
 
@@ -108,7 +108,7 @@ def from_hf(
         left[path] += 1
     seen, done = set(), {}
     for name, tensor in named_tensors:
-        if name == "lm_head.weight" and model.config.tie_embeddings:
+        if is_redundant(name, model.config.tie_embeddings):
             continue
         if name not in where:
             raise ModelError(f"tensor {name!r} belongs to no parameter of this {model.config.family!r} model")
@@ -157,11 +157,8 @@ class _Files:
     """The tensors of a checkpoint folder, opened lazily; nothing is read before it is asked for."""
 
     def __init__(self, folder: str):
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
-        if not paths:
-            raise ModelError(f"no *.safetensors in {folder!r}; other weight formats are not read")
         self.files = {}
-        for path in paths:
+        for path in weight_files(folder):
             try:
                 file = safe_open(path, framework="np")
             except SafetensorError as e:
@@ -198,11 +195,13 @@ def load_hf(path: str | os.PathLike, mesh=None, param_dtype=jnp.float32, rules=N
     expected = [name for _, name, _ in _targets(base)]
     if missing := set(expected) - set(files.files):
         raise ModelError(f"tensors missing in {path!r}: {_list(missing)}")
-    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    if extra := set(files.files) - set(expected) - tied:
+    unknown = set(files.files) - set(expected)
+    if extra := {name for name in unknown if not is_redundant(name, model.config.tie_embeddings)}:
         raise ModelError(
             f"tensors in {path!r} that this {model.config.family!r} model has no place for: {_list(extra)}"
         )
+    if "lm_head.weight" in unknown:
+        _check_tied(files)
     places = _flat_shardings(base, None)
     flat = {}
     for row in rows(model.config, abstract):
@@ -211,6 +210,16 @@ def load_hf(path: str | os.PathLike, mesh=None, param_dtype=jnp.float32, rules=N
             _check_shape(name, files.slice(name).get_shape(), row.hf_shape(spec.shape))
         flat[row.path] = _stream(_reader(files, row, spec), spec, places.get(row.path), stacked=row.counted > 0)
     return model, add_lora(model, unflatten({path: flat[path] for path in abstract}))
+
+
+def _check_tied(files: _Files) -> None:
+    """A head that was trained by itself differs from the embedding in every row: the first ones tell."""
+    shape = files.slice("model.embed_tokens.weight").get_shape()
+    _check_shape("lm_head.weight", files.slice("lm_head.weight").get_shape(), shape)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    embedding, head = (files.slice(name)[: min(1024, shape[0])] for name in names)
+    if (head.astype(embedding.dtype) != embedding).any():
+        raise ModelError("'lm_head.weight' is not the embedding, which tie_word_embeddings says: correct one of both")
 
 
 def _stream(read, spec, place, stacked: bool) -> jax.Array:
@@ -360,7 +369,7 @@ def _write_shards(model: Model, params: Params, dtype: np.dtype, max_bytes: int,
     count, total, held = shard + 1, 0, {}
 
     def file_of(i):
-        return "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        return WHOLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
 
     def flush(i):
         if held:
@@ -388,5 +397,5 @@ def _write_shards(model: Model, params: Params, dtype: np.dtype, max_bytes: int,
     flush(current)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {n: file_of(i) for n, i in shard_of.items()}}
-        with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as f:
+        with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as f:
             json.dump(index, f, indent=2)

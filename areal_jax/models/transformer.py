@@ -27,13 +27,24 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, object], tuple[jax.Array, ob
 Mix = Callable[..., jax.Array]
 
 
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
+
+
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685): y += (alpha / rank) B A x, on the named projections."""
 
     rank: int
     alpha: float = 16.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    targets: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1:
+            raise ModelError(f"adapters of rank {self.rank} are none; use 1 or more")
+        if not self.targets or (unknown := sorted(set(self.targets) - set(PROJECTIONS))):
+            found = ", ".join(unknown) if self.targets else "nothing"
+            raise ModelError(f"adapters on {found}: the projections are called {', '.join(PROJECTIONS)}")
 
     @property
     def scale(self) -> float:

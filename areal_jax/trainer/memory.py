@@ -42,12 +42,18 @@ def num_params(c: ModelConfig) -> int:
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     attention = c.hidden_size * (2 * queries + 2 * keys)
     attention += c.qkv_bias * (queries + 2 * keys) + c.output_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
-    if c.num_experts:
-        mlp = c.num_experts * (c.hidden_size + 3 * c.hidden_size * c.expert_mlp_size)
-    else:
-        mlp = 3 * c.hidden_size * c.mlp_size
-    heads = 1 if c.tie_embeddings else 2
-    return c.num_layers * (attention + mlp + 2 * c.hidden_size) + (heads * c.vocab_size + 1) * c.hidden_size
+    mlp = 0 if c.num_experts else 3 * c.hidden_size * c.mlp_size
+    return c.num_layers * (attention + mlp + 2 * c.hidden_size) + _experts(c) + _tables(c) + c.hidden_size
+
+
+def _experts(c: ModelConfig) -> int:
+    """Parameters of all layers' experts and routers."""
+    return c.num_layers * c.num_experts * (c.hidden_size + 3 * c.hidden_size * c.expert_mlp_size)
+
+
+def _tables(c: ModelConfig) -> int:
+    """Parameters of the embedding, and of the head where that is another matrix."""
+    return (1 if c.tie_embeddings else 2) * c.vocab_size * c.hidden_size
 
 
 def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
@@ -56,26 +62,28 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
     Raises `ValueError` where the mesh does not fit the number of devices.
     """
     data, fsdp, tensor, expert = mesh(t, devices)
-    shards = fsdp * tensor * expert
-    params = num_params(c)
-    trained = params if not t.lora_rank else _adapters(c, t.lora_rank)
+    params, mixed = num_params(c), _experts(c)
+    shards = fsdp * tensor * params / (params - mixed + mixed / expert)  # only experts are split over `expert`
+    trained, trained_shards = params, shards
+    if t.lora_rank:
+        trained, trained_shards = _adapters(c, t.lora_rank), fsdp * tensor
     width = BYTES[t.compute_dtype]
     rows = t.fixed_sequences if t.packing == "fixed" else t.rows
     tokens = max(1, rows // (data * fsdp)) * t.row_length
-    layer = (params - 2 * c.vocab_size * c.hidden_size) / c.num_layers
+    layer = (params - _tables(c)) / c.num_layers
     logits = min(tokens * c.vocab_size, max(128 * c.vocab_size, LOGITS_PER_CHUNK)) / tensor
     head = c.vocab_size * c.hidden_size / tensor
     # Without flash attention, a few float32 arrays of one block's scores, a quarter of the row's queries.
-    scores = 3 * 4 * t.row_length / 4 * c.num_heads / tensor * (t.attention == "xla")
+    scores = 3 * 4 * t.row_length / 4 * c.num_heads / _split(c, tensor) * (t.attention == "xla")
     # Flash attention leaves a float32 for every token, head and segment that the token's row may hold: its outputs are
     # kept with attention's result, or exist for one layer at a time.
-    statistics = 4 * max(2, max_segments(t)) * c.num_heads / tensor * (t.attention != "xla")
+    statistics = 4 * max(2, max_segments(t)) * c.num_heads / _split(c, tensor) * (t.attention != "xla")
     return Estimate(
         {
             "parameters": params * BYTES[t.param_dtype] * (2 if t.kl_coef else 1) / shards,
-            "moments": trained * 8 / shards,
-            "gradients": trained * 4 / shards,
-            "a micro-batch's gradients": trained * BYTES[t.param_dtype] / shards,
+            "moments": trained * 8 / trained_shards,
+            "gradients": trained * 4 / trained_shards,
+            "a micro-batch's gradients": trained * BYTES[t.param_dtype] / trained_shards,
             "kept activations": c.num_layers * tokens * width * _kept(c, t.remat, tensor),
             "flash statistics": tokens * statistics * (1 if t.remat == "full" else c.num_layers),
             "one layer": tokens * width * _kept(c, "none", tensor) + 2 * layer * (4 + width) / (tensor * expert),
@@ -112,7 +120,8 @@ def mesh(t: TrainerConfig, devices: int) -> tuple[int, int, int, int]:
 
 def _kept(c: ModelConfig, remat: str, tensor: int) -> float:
     """Numbers per token that one layer keeps for the backward pass, besides its parameters (see models/model.py)."""
-    stream, queries, keys = c.hidden_size, c.num_heads * c.head_dim / tensor, c.num_kv_heads * c.head_dim / tensor
+    stream, size = c.hidden_size, c.head_dim / _split(c, tensor)
+    queries, keys = c.num_heads * size, c.num_kv_heads * size
     mlp = (c.experts_per_token * c.expert_mlp_size if c.num_experts else c.mlp_size) / tensor
     kept = {
         "full": 0.0,
@@ -123,6 +132,11 @@ def _kept(c: ModelConfig, remat: str, tensor: int) -> float:
         "none": 6 * stream + 4 * queries + 4 * keys + 4 * mlp,
     }
     return stream + kept[remat]
+
+
+def _split(c: ModelConfig, tensor: int) -> int:
+    """Into how many parts attention's heads are split: key/value heads that do not divide stay whole (see sharding)."""
+    return 1 if c.num_kv_heads % tensor else tensor
 
 
 def _adapters(c: ModelConfig, rank: int) -> int:

@@ -156,3 +156,11 @@ def test_checkpoint_tensors_leave_out_a_tied_head(tmp_path):
         assert {name for name, _ in checkpoint_tensors(tmp_path)} == names
     with pytest.raises(ValueError, match="safetensors"):
         list(checkpoint_tensors(tmp_path / "nowhere"))
+
+
+def test_checkpoint_tensors_are_those_of_the_network(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({"a": np.zeros(2, np.float32), name: np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    save_file({"b": np.zeros(2, np.float32)}, tmp_path / "consolidated.safetensors")
+    assert [name for name, _ in checkpoint_tensors(tmp_path)] == ["a"]

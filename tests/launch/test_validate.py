@@ -113,11 +113,18 @@ def test_long_prompts_may_be_skipped_but_not_all(config, tmp_path):
 
 def test_the_choices_are_those_of_the_models():
     """The launcher names them itself, so as not to need jax."""
-    from areal_jax.models import attention, model
+    from areal_jax.models import attention, huggingface, model
 
+    assert set(validate.TOKENIZER_FILES) <= set(huggingface.COPIED)  # what is asked for is exported
     assert set(validate._CHOICES["trainer.remat"]) == set(model.REMAT)
     assert set(validate._CHOICES["trainer.layers"]) == set(model.LAYERS)
     assert set(validate._CHOICES["trainer.attention"]) == set(attention.IMPLEMENTATIONS)
+
+
+def test_an_expert_axis_needs_experts(config):
+    config.trainer.expert = 2
+    with pytest.raises(ConfigError, match=r"trainer\.expert=2 splits nothing"):
+        validate.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +159,10 @@ def test_every_file_of_weights_must_be_there_and_whole(config, tmp_path):
     index.write_text(json.dumps({"weight_map": shards}))
     validate.validate(config)
     index.write_text(json.dumps({"weight_map": shards | {"b": "model-00002-of-00002.safetensors"}}))
-    with pytest.raises(ConfigError, match=r"has no 'model-00002-of-00002.safetensors', which its index names"):
+    with pytest.raises(ConfigError, match=r"is not whole: model-00002-of-00002.safetensors \(named by"):
         validate.validate(config)
     index.write_text("{")
-    with pytest.raises(ConfigError, match=r"index.json' cannot be read: JSONDecodeError"):
+    with pytest.raises(ConfigError, match=r"index.json' is not the index of a checkpoint: JSONDecodeError"):
         validate.validate(config)
 
 

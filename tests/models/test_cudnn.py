@@ -104,17 +104,22 @@ def pretend_hopper(monkeypatch):
     return cudnn
 
 
-@pytest.mark.parametrize(("devices", "refused"), [(1, True), (8, False)])
-def test_more_queries_than_jax_can_address_are_refused(pretend_hopper, devices, refused):
-    place = sharding.Place(sharding.make_mesh(jax.devices()[:devices], data=devices))
+# Four key/value heads are not split over eight devices, and neither are the queries that look at them.
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads", "refused"), [({}, 16, True), ({"data": 8}, 16, False), ({"tensor": 8}, 4, True)]
+)
+def test_more_queries_than_jax_can_address_are_refused(pretend_hopper, sizes, kv_heads, refused):
+    devices = jax.devices()[: max(sizes.values(), default=1)]
+    place = sharding.Place(sharding.make_mesh(devices, **sizes))
     q = jax.ShapeDtypeStruct((64, 32_768, 16, 128), jnp.bfloat16)  # 2^32 numbers
+    k = jax.ShapeDtypeStruct((*q.shape[:2], kv_heads, 128), q.dtype)
     ids = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
     call = functools.partial(attention_cudnn.attention, window=None, max_segments=4, place=place)
     if refused:
         with pytest.raises(models.ModelError, match=r"use fewer trainer\.rows"):
-            jax.eval_shape(call, q, q, q, ids)
+            jax.eval_shape(call, q, k, k, ids)
     else:
-        assert jax.eval_shape(call, q, q, q, ids).shape == q.shape
+        assert jax.eval_shape(call, q, k, k, ids).shape == q.shape
 
 
 def test_the_private_call_has_the_arguments_we_name(pretend_hopper):

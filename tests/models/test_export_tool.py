@@ -60,3 +60,7 @@ def test_the_newest_checkpoint_becomes_a_folder(run, tool, capsys):
     assert "no checkpoint of version 7" in capsys.readouterr().err
     assert tool.main([str(folder / "start"), "--out", str(folder / "other")]) == 2
     assert "holds no checkpoints" in capsys.readouterr().err
+    assert tool.main([str(folder / "run"), "--out", str(folder / "out/config.json/below")]) == 2
+    assert "export_hf: error" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        tool.main([str(folder / "run"), "--out", str(folder / "other"), "--dtype", "int8"])

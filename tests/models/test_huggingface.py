@@ -73,6 +73,51 @@ def test_unknown_architectures_and_options_are_refused():
         models.ModelConfig.from_hf(tiny.CONFIGS["qwen2-window"] | {"max_window_layers": 1})
 
 
+@pytest.mark.parametrize("limit", [10**9, 40_000], ids=["one file", "index"])
+def test_weights_are_those_that_transformers_takes_whatever_lies_beside_them(folder, tmp_path, limit):
+    model, params = models.load_hf(folder)
+    out = tmp_path / "out"
+    models.export_hf(model, params, out, dtype=jnp.float32, max_shard_bytes=limit)
+    save_file({"layers.0.attention.wq.weight": np.zeros((2, 2), np.float32)}, out / "consolidated.safetensors")
+    save_file({NAME: np.zeros((2, 2), np.float32)}, out / "model.fp16.safetensors")
+    _, again = models.load_hf(out)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_checkpoint_that_is_not_whole_names_the_file(folder, tmp_path):
+    models.export_hf(*models.load_hf(folder), tmp_path / "out", max_shard_bytes=40_000)
+    lost = sorted((tmp_path / "out").glob("model-00002-*"))[0]
+    lost.unlink()
+    with pytest.raises(models.ModelError, match=f"not whole: {lost.name}"):
+        models.load_hf(tmp_path / "out")
+    (tmp_path / "out/model.safetensors.index.json").write_text("{}")
+    with pytest.raises(models.ModelError, match="not the index of a checkpoint"):
+        models.load_hf(tmp_path / "out")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(models.ModelError, match=r"config\.json' is not JSON"):
+        models.load_hf(folder)
+
+
+def test_a_head_that_is_tied_in_name_only_is_refused(tmp_path):
+    model, params = tiny.model_and_params("qwen2-tied")
+    models.export_hf(model, params, tmp_path / "tied", dtype=jnp.bfloat16)
+    embedding = np.asarray(params["embedding"])
+    _edit(tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": embedding}))
+    models.load_hf(tmp_path / "tied")
+    _edit(tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(models.ModelError, match="not the embedding, which tie_word_embeddings says"):
+        models.load_hf(tmp_path / "tied")
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_not_needed(folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    _, params = models.load_hf(folder)
+    _edit(folder, lambda tensors: tensors.update({name: np.ones(6, np.float32)}))
+    model, again = models.load_hf(folder)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    models.from_hf(model, load_file(folder / "model.safetensors").items())
+
+
 def test_size_limited_shards_have_an_index_and_load(folder, tmp_path):
     model, params = models.load_hf(folder)
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):

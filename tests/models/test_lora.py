@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from areal_jax import models
 from areal_jax.models.tables import flatten, unflatten
@@ -59,3 +60,12 @@ def test_export_has_the_tensors_of_the_merged_network(tmp_path):
     fresh = {p for p in flatten(with_adapters) if "lora" in p}
     assert fresh == {f"layers/attention/{x}/lora_{y}" for x in "qv" for y in "ab"}
     assert jax.tree.structure(with_adapters) == jax.tree.structure(loaded.abstract_params())
+
+
+def test_adapters_on_nothing_are_refused():
+    for wrong in (("q_proj", "v_proj"), ()):
+        with pytest.raises(models.ModelError, match="the projections are called q, k, v, o, gate, up, down"):
+            models.Lora(8, targets=wrong)
+    with pytest.raises(models.ModelError, match="rank 0"):
+        models.Lora(0)
+    assert models.Lora(8, targets=["q", "v"]) == models.Lora(8, targets=("q", "v"))

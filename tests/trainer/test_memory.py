@@ -17,6 +17,7 @@ SMALL = ModelConfig(
     family="qwen2", vocab_size=4096, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
     mlp_size=384, qkv_bias=True,
 )  # fmt: skip
+MIXTURE = {"family": "qwen3_moe", "num_experts": 8, "experts_per_token": 2, "expert_mlp_size": 64, "qk_norm": True}
 
 
 def planned(config: ModelConfig, trainer: TrainerConfig, devices: int):
@@ -93,7 +94,7 @@ def test_constants_are_the_codes_own():
         {"tie_embeddings": True},
         {"family": "qwen3", "qkv_bias": False, "qk_norm": True},
         {"family": "llama", "qkv_bias": True, "output_bias": True},
-        {"family": "qwen3_moe", "num_experts": 8, "experts_per_token": 2, "expert_mlp_size": 64, "qk_norm": True},
+        MIXTURE,
     ],
 )
 def test_parameters_are_counted_as_the_network_has_them(changes):
@@ -101,13 +102,35 @@ def test_parameters_are_counted_as_the_network_has_them(changes):
     assert memory.num_params(config) == Model(config).num_params()
 
 
-def test_what_is_sharded_is_what_the_mesh_shards():
-    mesh = make_mesh(jax.devices(), fsdp=4, tensor=2)
-    abstract = Model(SMALL, mesh=mesh).abstract_params()
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [({}, {"fsdp": 4, "tensor": 2}), ({}, {"fsdp": 4, "expert": 2}), (MIXTURE, {"fsdp": 2, "expert": 4})],
+    ids=str,
+)
+def test_what_is_sharded_is_what_the_mesh_shards(changes, sizes):
+    config = dataclasses.replace(SMALL, **changes)
+    abstract = Model(config, mesh=make_mesh(jax.devices(), **sizes)).abstract_params()
     mine = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(abstract)) * 4
-    estimate = memory.trainer(SMALL, TrainerConfig(tensor=2), 8)
+    estimate = memory.trainer(config, TrainerConfig(**sizes), 8)
     assert estimate.parts["parameters"] == pytest.approx(mine, rel=0.02)
     assert estimate.parts["moments"] == pytest.approx(2 * mine, rel=0.02)
+
+
+def test_a_layer_is_as_large_whether_the_head_is_tied_or_not():
+    tied, untied = (
+        memory.trainer(dataclasses.replace(SMALL, vocab_size=152_064, tie_embeddings=tie), TrainerConfig(), 1).parts
+        for tie in (True, False)
+    )
+    assert tied["one layer"] == pytest.approx(untied["one layer"])
+
+
+def test_heads_that_the_mesh_does_not_divide_are_counted_whole():
+    trainer = TrainerConfig(tensor=4, attention="xla", remat="attention")
+    two, four = (memory.trainer(dataclasses.replace(SMALL, num_kv_heads=n), trainer, 4).parts for n in (2, 4))
+    assert two["scores"] == 4 * four["scores"]
+    tokens, queries = trainer.rows * trainer.row_length, SMALL.num_heads * SMALL.head_dim
+    more = SMALL.num_layers * tokens * 4 * queries * (1 - 1 / 4)
+    assert two["kept activations"] - four["kept activations"] == pytest.approx(more)
 
 
 def test_adapters_shrink_what_is_trained():
