@@ -12,6 +12,7 @@ settings (one line says what), 130 stopped by a signal.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
@@ -34,7 +35,8 @@ def main(arguments: list[str]) -> int:
         from areal_jax.launch import session
         from areal_jax.launch.validate import validate
 
-        config = validate(command.config, tell=lambda line: print(f"areal_jax: {line}", flush=True))
+        said = functools.partial(print, "areal_jax:", flush=True)
+        config = validate(command.config, said, here=not command.prepare)
         if command.dry_run:
             print(f"areal_jax: '{config['name']}' can start")
             return 0

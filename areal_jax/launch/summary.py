@@ -14,7 +14,7 @@ _LINES = (
     ("trained_samples", "samples trained on", "{:,.0f}"),
     ("max_staleness", "greatest staleness", "{:.0f}"),
     ("staleness_bound", "its bound (η)", "{:.0f}"),
-    ("dropped_stale_samples", "samples dropped as stale", "{:,.0f}"),
+    ("dropped_stale", "groups dropped as stale", "{:,.0f}"),
     ("generated_tokens_per_second", "tokens generated per second", "{:,.0f}"),
     ("trainer_idle_fraction", "trainer idle", "{:.1%}"),
     ("rollout_idle_fraction", "rollout idle", "{:.1%}"),

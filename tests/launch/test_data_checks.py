@@ -137,7 +137,7 @@ def test_the_end_of_a_run_says_what_was_lost_and_only_that(tmp_path):
     }  # fmt: skip
     text = "\n".join(summary.lines(lost, tmp_path, 1.0, 0))
     found = {line.strip().rpartition("  ")[0].strip(): line.rpartition("  ")[2] for line in text.splitlines()}
-    assert found["samples dropped as stale"] == "17"
+    assert found["groups dropped as stale"] == "3"
     assert found["records of the data left out"] == "4" and found["groups filtered out"] == "5"
     assert found["prompts given up (quarantined)"] == "6"
     assert found["tries of samples that failed"] == "1,200 verifier_timeout, 2 worker_lost"

@@ -9,6 +9,7 @@ import pytest
 
 from areal_jax import config as configs
 from areal_jax.config import ConfigError
+from areal_jax.exits import WRONG_SETTING
 from areal_jax.launch.roles import KEEP_BUFFERS, roles_of
 from areal_jax.launch.supervisor import ROOT
 from configs import quickstart
@@ -109,3 +110,12 @@ def test_too_few_gpus_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ConfigError, match=r"launch\.rollout_gpus=1 .* leaves 0 of 1 GPUs"):
         environments(tmp_path, **{"launch.rollout_gpus": 1})
+
+
+@pytest.mark.parametrize("role", ["rollout", "rewards"])
+def test_a_role_says_by_its_exit_code_that_a_setting_is_wrong(tmp_path, role):
+    """Another start would change nothing: the launcher does not try."""
+    (tmp_path / "config.json").write_text('{"rollout": {"slotz": 1}}')
+    command = [sys.executable, "-m", f"areal_jax.{role}", "--workdir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == WRONG_SETTING and "slotz" in done.stderr and "Traceback" not in done.stderr
