@@ -79,8 +79,8 @@ def validate(
 ) -> dict[str, Any]:
     """The resolved config of a run that can start, or `ConfigError` with the first thing that is wrong with it.
 
-    `tell` is given what is not wrong, but should be known: what of the data is left out. With `here` the roles will start
-    on this machine, and what they need must be installed on it.
+    `tell` is given what is not wrong, but should be known: what of the data is left out. With `here` the roles will
+    start on this machine, and what they need must be installed on it.
     """
     resolved = resolve(config)
     check_settings(resolved)
