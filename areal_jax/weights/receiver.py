@@ -201,4 +201,7 @@ def _still_holds(path: Path, fd: int, manifest: Manifest) -> bool:
     if store.unnamed(path):
         name = store.file_name(manifest.version, manifest.tensors).encode()
         return os.pread(fd, len(name), manifest.nbytes) == name
-    return path.exists() and path.stat().st_ino == os.fstat(fd).st_ino
+    try:
+        return path.stat().st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False

@@ -172,8 +172,9 @@ def _only_one(lock: Path, path: Path, timeout: float):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            part = path.with_suffix(".part")
-            grown = part.stat().st_size if part.exists() else 0
+            grown = 0
+            with contextlib.suppress(FileNotFoundError):  # it is not begun, or has just become `path`
+                grown = path.with_suffix(".part").stat().st_size
             if grown != size:
                 deadline, size = time.monotonic() + timeout, grown
             if time.monotonic() > deadline:

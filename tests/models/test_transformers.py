@@ -17,18 +17,24 @@ transformers = pytest.importorskip("transformers")
 LENGTH = 520  # long enough that a wrong rotary frequency shows
 
 
+# Where `tiny` has a family with one kind of head, the other: so that each is here tied and untied.
+OTHER_HEADS = {
+    f"{name}-other-head": tiny.CONFIGS[name] | {"tie_word_embeddings": not tiny.CONFIGS[name]["tie_word_embeddings"]}
+    for name in ("qwen3", "mistral", "qwen3-moe")
+}
+CONFIGS = tiny.CONFIGS | OTHER_HEADS
 # Of families that are there already, or whose parts others have: for the whole suite.
-VARIANTS = ("qwen2-untied", "qwen2-window", "llama-linear", "mistral", "qwen3")
+VARIANTS = ("qwen2-untied", "qwen2-window", "llama-linear", "mistral", "qwen3", *OTHER_HEADS)
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in tiny.CONFIGS],
+    params=[pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in CONFIGS],
 )
 def checkpoint(request, tmp_path_factory):
     """(name, folder, the transformers model) of a random checkpoint, written by transformers itself."""
     folder = tmp_path_factory.mktemp(request.param)
-    hf = tiny.CONFIGS[request.param]
+    hf = CONFIGS[request.param]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**hf)
     network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -79,6 +80,18 @@ def test_a_host_pulls_once_for_all_its_workers(hosts, served):
         assert sum(size for _, size in served) == manifest.nbytes
         for version in versions:
             version.close()
+
+
+def test_a_pull_may_end_between_two_looks_of_those_who_wait_for_it(tmp_path, monkeypatch):
+    path, exists = tmp_path / "v1.weights", Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self: self.suffix == ".part" or exists(self))  # and then it was renamed
+    with open(tmp_path / "pulling", "wb") as puller:
+        fcntl.flock(puller, fcntl.LOCK_EX)
+        end = threading.Timer(0.1, path.touch)
+        end.start()
+        with tcp._only_one(tmp_path / "pulling", path, 10.0) as must_pull:
+            assert not must_pull
+        end.join()
 
 
 def test_an_interrupted_pull_goes_on_where_it_stopped(hosts, served):
