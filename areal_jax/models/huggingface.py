@@ -214,11 +214,10 @@ def load_hf(path: str | os.PathLike, mesh=None, param_dtype=jnp.float32, rules=N
 
 def _check_tied(files: _Files) -> None:
     """A head that was trained by itself differs from the embedding in every row: the first ones tell."""
-    shape = files.slice("model.embed_tokens.weight").get_shape()
-    _check_shape("lm_head.weight", files.slice("lm_head.weight").get_shape(), shape)
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    embedding, head = (files.slice(name)[: min(1024, shape[0])] for name in names)
-    if (head.astype(embedding.dtype) != embedding).any():
+    embedding, head = files.slice("model.embed_tokens.weight"), files.slice("lm_head.weight")
+    _check_shape("lm_head.weight", head.get_shape(), embedding.get_shape())
+    first = slice(min(1024, embedding.get_shape()[0]))
+    if (head[first].astype(embedding[first].dtype) != embedding[first]).any():
         raise ModelError("'lm_head.weight' is not the embedding, which tie_word_embeddings says: correct one of both")
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from areal_jax import advantages
+from areal_jax.config import one_line
 from areal_jax.trainer.objectives import ObjectiveError, check_args, check_known
 from areal_jax.transport.messages import Trajectory
 
@@ -35,8 +36,7 @@ def check(name: str, args: dict[str, Any]) -> None:
     try:
         jax.eval_shape(lambda arrays: function(**arrays, **static, **args), arrays)
     except (TypeError, ValueError) as error:  # an argument's value: a text for a number, an unknown choice
-        why = " ".join(str(error).split())
-        raise ObjectiveError(f"trainer.advantage_args={args} cannot be computed with: {why}") from None
+        raise ObjectiveError(f"trainer.advantage_args={args} cannot be computed with: {one_line(error)}") from None
 
 
 @dataclasses.dataclass(frozen=True)

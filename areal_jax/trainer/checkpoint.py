@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from areal_jax.config import one_line
 from areal_jax.trainer.state import TrainState, path_name
 
 
@@ -104,7 +105,7 @@ class Checkpoints:
         self._saving = -1
 
     def _give_up(self, error: Exception) -> None:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         reason = reason if len(reason) < 300 else f"{reason[:150]} ... {reason[-150:]}"  # both ends say something
         self.failed.append(f"the checkpoint of version {self._saving} could not be written to {self.folder}: {reason}")
         self._saving = -1

@@ -338,14 +338,13 @@ class Training:
 
     def evaluate(self, version: int) -> float | None:
         """Accuracy on the evaluation set under exactly this version; all processes wait for it."""
-        return self._record(
-            self.link.wait(m.Evaluate(version=version), self.settings.trainer.batch_timeout, "evaluation")
-        )
+        limit = self.settings.trainer.batch_timeout
+        return self._record(self.link.wait(m.Evaluate(version=version), limit, "evaluation"))
 
     def note_evaluation(self) -> None:
         """Records the evaluation that ran beside training, if it has ended; begins the one that is due."""
-        every = self.settings.trainer.eval_every
-        if not (self.first and self.settings.evaluates and every):
+        c = self.settings.trainer
+        if not (self.first and self.settings.evaluates and c.eval_every):
             return
         if self.evaluation is not None and not self.evaluation.running:
             ended, self.evaluation = self.evaluation, None
@@ -354,14 +353,13 @@ class Training:
             else:
                 log.warning("version %d was not evaluated: %s", ended.version, ended.problem)
         published = self.publisher.manifest.version
-        due = published % every == 0 and 0 < published < self.settings.trainer.steps
+        due = published % c.eval_every == 0 and 0 < published < c.steps
         if due and published != self._asked:
             self._asked = published
             if self.evaluation is not None:
                 log.warning("version %d is not evaluated: version %d still is", published, self.evaluation.version)
                 return
-            limit = self.settings.trainer.batch_timeout
-            self.evaluation = BackgroundEvaluation(self.workdir, published, limit, self.reply_limit)
+            self.evaluation = BackgroundEvaluation(self.workdir, published, c.batch_timeout, self.reply_limit)
             self.held.callback(self.evaluation.close)
 
     def _record(self, result: m.EvaluationResult) -> float | None:

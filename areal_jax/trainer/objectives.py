@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from areal_jax import _aggregate, corrections, losses
+from areal_jax.config import one_line
 from areal_jax.trainer import measure
 
 
@@ -244,7 +245,7 @@ def make(
         made.trace()
     except (TypeError, ValueError) as error:  # an argument's value: a text for a number, an unknown choice
         given = f"trainer.objective_args={args}" + (f", correction_args={correction_args}" if correction_args else "")
-        raise ObjectiveError(f"{given} cannot be computed with: {' '.join(str(error).split())}") from None
+        raise ObjectiveError(f"{given} cannot be computed with: {one_line(error)}") from None
     return made
 
 
