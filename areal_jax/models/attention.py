@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from areal_jax.models import attention_cudnn
 from areal_jax.models.config import ModelError
+from areal_jax.models.precision import precision_of
 from areal_jax.models.sharding import ANYWHERE, Place, on_gpu
 
 MASKED = -1e30  # finite, so that a row without any key gives numbers and not NaN
@@ -98,7 +99,7 @@ def _blocks_forward(q, k, v, segment_ids, window):
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out.append(jnp.einsum("bkgts,bksh->bkgth", (weights / total).astype(v.dtype), v[:, :, keys]))
+        out.append(_einsum("bkgts,bksh->bkgth", (weights / total).astype(v.dtype), v[:, :, keys]))
         normalizer.append(largest + jnp.log(total))
     out, normalizer = (checkpoint_name(jnp.concatenate(x, axis=3), n) for x, n in zip((out, normalizer), XLA_KEEPS))
     return out, (q, k, v, segment_ids, out, normalizer)
@@ -109,7 +110,7 @@ def _blocks_backward(window, residuals, d_out):
     rows, kv_heads, length, size = k.shape
 
     def sums(formula, a, b):  # in float32, whatever the dtype: XLA's CPU code has no such product of bf16
-        return jnp.einsum(formula, a.astype(jnp.float32), b.astype(jnp.float32))
+        return jnp.einsum(formula, a.astype(jnp.float32), b.astype(jnp.float32), precision=precision_of(a))
 
     d_total = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_q, d_k, d_v = [], *(jnp.zeros((rows, kv_heads, size, length), jnp.float32) for _ in range(2))
@@ -119,7 +120,7 @@ def _blocks_backward(window, residuals, d_out):
         weights = jnp.exp(scores - normalizer[..., queries, :])
         d_weights = sums("bkgth,bksh->bkgts", of_out, v[:, :, keys])
         d_scores = (weights * (d_weights - d_total[..., queries, :]) * size**-0.5).astype(q.dtype)
-        d_q.append(jnp.einsum("bkgts,bksh->bkgth", d_scores, k[:, :, keys]))
+        d_q.append(_einsum("bkgts,bksh->bkgth", d_scores, k[:, :, keys]))
         d_k = d_k.at[..., keys].add(sums("bkgth,bkgts->bkhs", of_q, d_scores))
         d_v = d_v.at[..., keys].add(sums("bkgth,bkgts->bkhs", of_out, weights.astype(v.dtype)))
     d_k, d_v = (x.swapaxes(2, 3).astype(k.dtype) for x in (d_k, d_v))
@@ -128,6 +129,10 @@ def _blocks_backward(window, residuals, d_out):
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _einsum(formula, a, b, **options):
+    return jnp.einsum(formula, a, b, precision=precision_of(a), **options)
 
 
 def _spans(length: int, window: int | None):
@@ -145,5 +150,5 @@ def _scores(q, k, segment_ids, queries: slice, keys: slice, window):
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     mask = visible[None] & (segment_ids[:, queries, None] == segment_ids[:, None, keys])
     of_q, of_k = q[..., queries, :], k[:, :, keys]
-    scores = jnp.einsum("bkgth,bksh->bkgts", of_q, of_k, preferred_element_type=jnp.float32)
+    scores = _einsum("bkgth,bksh->bkgts", of_q, of_k, preferred_element_type=jnp.float32)
     return jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, MASKED)

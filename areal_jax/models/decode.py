@@ -8,12 +8,15 @@ cache. Who generates much gives them as `unstack_layers` makes them. A slot's re
 whatever the others hold. The layers are those of the training forward; only how a query finds its keys differs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from areal_jax.models import logprobs
 from areal_jax.models.attention import MASKED, attention
 from areal_jax.models.config import ModelError
+from areal_jax.models.precision import precision_of
 
 Cache = dict[str, tuple[jax.Array, ...]]
 
@@ -139,7 +142,8 @@ def _one_query(q_Sx1xNxH, k_SxKxHxC, v_SxKxCxH, visible_SxC):
     """Softmax attention of one query per slot over the visible part of its keys."""
     slots, kv_heads, size, _ = k_SxKxHxC.shape
     q_SxKxGxH = q_Sx1xNxH.reshape(slots, kv_heads, -1, size)
-    scores = jnp.einsum("skgh,skhc->skgc", q_SxKxGxH, k_SxKxHxC, preferred_element_type=jnp.float32)
+    einsum = functools.partial(jnp.einsum, precision=precision_of(q_SxKxGxH))
+    scores = einsum("skgh,skhc->skgc", q_SxKxGxH, k_SxKxHxC, preferred_element_type=jnp.float32)
     scores = jnp.where(visible_SxC[:, None, None], scores * size**-0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_SxKxCxH.dtype)
-    return jnp.einsum("skgc,skch->skgh", weights, v_SxKxCxH).reshape(q_Sx1xNxH.shape)
+    return einsum("skgc,skch->skgh", weights, v_SxKxCxH).reshape(q_Sx1xNxH.shape)

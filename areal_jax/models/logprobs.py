@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from areal_jax.models.precision import precision_of
 from areal_jax.models.sharding import ANYWHERE, Place, on_gpu
 
 # Float32 logits alive per device: 512 MiB, and on a GPU 2 GiB, where each chunk reads and writes the head's gradient.
@@ -20,10 +21,9 @@ LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_GPU = 2**27, 2**29
 
 def head_logits(hidden: jax.Array, head_VxD: jax.Array) -> jax.Array:
     """Float32 logits `[..., V]`: products of values in hidden's dtype, accumulated in float32 (an fp32 head)."""
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    contracting = (((hidden.ndim - 1,), (1,)), ((), ()))
+    contracting, head_VxD = (((hidden.ndim - 1,), (1,)), ((), ())), head_VxD.astype(hidden.dtype)
     return jax.lax.dot_general(
-        hidden, head_VxD.astype(hidden.dtype), contracting, precision=precision, preferred_element_type=jnp.float32
+        hidden, head_VxD, contracting, precision=precision_of(hidden), preferred_element_type=jnp.float32
     )
 
 
@@ -137,8 +137,7 @@ class _Head:
 
     def gradients(self, d_z, h, d_head):
         """(`d_head`, float32 `[R, V, D]`, with this chunk's share added; the gradient of the hidden states)."""
-        precision = jax.lax.Precision.HIGHEST if h.dtype == jnp.float32 else None
-        matmul = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+        matmul = functools.partial(jnp.einsum, precision=precision_of(h), preferred_element_type=jnp.float32)
         d_z = (d_z / self.temperature).astype(h.dtype)
         d_head = self.place(d_head + matmul("rcv,rcd->rvd", d_z, h), "batch", "vocab", None)
         return d_head, matmul("rcv,vd->rcd", d_z, self.weights_VxD).astype(h.dtype)

@@ -8,10 +8,13 @@ alone.
 Shapes: M tokens, k experts per token, E experts, D model width, F width of an expert.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from areal_jax.models.precision import precision_of
 from areal_jax.models.sharding import Place, partition_spec
 
 IMPLEMENTATIONS = ("auto", "dense", "grouped")
@@ -22,7 +25,10 @@ def route(x_MxD: jax.Array, router_ExD: jax.Array, *, top_k: int, renormalize: b
 
     The softmax runs over all experts in float32, then the `top_k` largest are kept; with `renormalize` they sum to one.
     """
-    logits_MxE = jnp.einsum("md,ed->me", x_MxD, router_ExD.astype(x_MxD.dtype), preferred_element_type=jnp.float32)
+    router_ExD = router_ExD.astype(x_MxD.dtype)
+    logits_MxE = jnp.einsum(
+        "md,ed->me", x_MxD, router_ExD, precision=precision_of(x_MxD), preferred_element_type=jnp.float32
+    )
     weights, indices = jax.lax.top_k(jax.nn.softmax(logits_MxE, axis=-1), top_k)
     if renormalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -34,8 +40,9 @@ def dense(x_MxD, indices_Mxk, weights_Mxk, gate_ExFxD, up_ExFxD, down_ExDxF) -> 
     experts = jnp.arange(gate_ExFxD.shape[0], dtype=indices_Mxk.dtype)[None, None]
     weights_MxE = jnp.sum(jnp.where(indices_Mxk[..., None] == experts, weights_Mxk[..., None], 0.0), axis=1)
     gate, up, down = (w.astype(x_MxD.dtype) for w in (gate_ExFxD, up_ExFxD, down_ExDxF))
-    hidden_MxExF = jax.nn.silu(jnp.einsum("md,efd->mef", x_MxD, gate)) * jnp.einsum("md,efd->mef", x_MxD, up)
-    return jnp.einsum("mef,edf->md", hidden_MxExF * weights_MxE.astype(x_MxD.dtype)[..., None], down)
+    einsum = functools.partial(jnp.einsum, precision=precision_of(x_MxD))
+    hidden_MxExF = jax.nn.silu(einsum("md,efd->mef", x_MxD, gate)) * einsum("md,efd->mef", x_MxD, up)
+    return einsum("mef,edf->md", hidden_MxExF * weights_MxE.astype(x_MxD.dtype)[..., None], down)
 
 
 def grouped(place: Place):
@@ -79,7 +86,7 @@ def _groups(x, indices, weights, gate, up, down, first):
     token = jnp.where(mine, x[order // top_k], jnp.zeros((), x.dtype))
 
     def product(a, w):
-        return jax.lax.ragged_dot(a, jnp.swapaxes(w, 1, 2), sizes)
+        return jax.lax.ragged_dot(a, jnp.swapaxes(w, 1, 2), sizes, precision=precision_of(a))
 
     out = product(jax.nn.silu(product(token, gate)) * product(token, up), down).astype(jnp.float32)
     out = jnp.where(mine, out * weights.reshape(-1)[order][:, None], 0.0)

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from areal_jax.models import moe
 from areal_jax.models.config import ModelConfig, ModelError, Rope
+from areal_jax.models.precision import precision_of
 from areal_jax.models.sharding import on_gpu
 
 # (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, state) -> (out_BxTxNxH, state): how a query finds its keys.
@@ -83,7 +84,7 @@ class Maker:
 def contract(x: jax.Array, w: jax.Array, n: int) -> jax.Array:
     """Contracts the last `n` axes of `x` with the last `n` axes of `w`; the result has x's other axes, then w's."""
     axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(w.ndim - n, w.ndim)))
-    return jax.lax.dot_general(x, w.astype(x.dtype), (axes, ((), ())))
+    return jax.lax.dot_general(x, w.astype(x.dtype), (axes, ((), ())), precision=precision_of(x))
 
 
 class Linear(nnx.Module):

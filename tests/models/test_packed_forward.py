@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from areal_jax import models
 from areal_jax.models import transformer
@@ -142,15 +143,13 @@ def test_blocks_of_queries_equal_the_full_square_forward_and_gradient(window):
         assert error < 2e-2
 
 
-def _products(jaxpr) -> int:
-    """How many dot_generals a jaxpr holds, in whatever it calls too."""
-    count = 0
+def _products(jaxpr):
+    """Every product in a jaxpr and all that it calls."""
     for eqn in jaxpr.eqns:
-        count += eqn.primitive.name == "dot_general"
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            count += _products(inner) if hasattr(inner, "eqns") else 0
-    return count
+        if eqn.primitive.name in ("dot_general", "ragged_dot_general"):
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _products(inner)
 
 
 def test_what_attention_needs_is_kept_and_not_computed_again():
@@ -159,7 +158,7 @@ def test_what_attention_needs_is_kept_and_not_computed_again():
 
     def products(remat):
         gradient = jax.grad(lambda p: jnp.sum(model.with_(remat=remat).hidden(p, *batch)))
-        return _products(jax.make_jaxpr(gradient)(params).jaxpr)
+        return len(list(_products(jax.make_jaxpr(gradient)(params).jaxpr)))
 
     assert products("attention") < products("full")
 
@@ -202,3 +201,18 @@ def test_unknown_choices_are_refused():
         model.with_(layers="some")
     with pytest.raises(models.ModelError, match="'flash' is unknown; known: auto, xla, cudnn"):
         model.with_(attention="flash")
+
+
+@pytest.mark.parametrize("name, experts", [("qwen3", "auto"), ("qwen3-moe", "dense"), ("qwen3-moe", "grouped")])
+def test_every_float32_product_is_exact_on_a_gpu_too(name, experts):
+    """Forward, backward, prefill and decode ask for full precision; a GPU's default would keep 10 bits."""
+    model, params = tiny.model_and_params(name)
+    model, batch = model.with_(experts=experts), tiny.packed(ROWS, LENGTH)
+    slots, cache = np.arange(ROWS, dtype=np.int32), model.init_cache(ROWS, LENGTH)
+    grad = jax.make_jaxpr(jax.grad(functools.partial(_loss, model)))(params, *batch, np.ones((ROWS, LENGTH)))
+    prefill = jax.make_jaxpr(model.prefill)(params, cache, batch[0], slots + 3, slots)
+    decode = jax.make_jaxpr(model.decode)(params, cache, slots, slots)
+    for program, fewest in ((grad, 30), (prefill, 9), (decode, 9)):
+        found = [eqn for eqn in _products(program.jaxpr) if eqn.invars[0].aval.dtype == jnp.float32]
+        assert len(found) >= fewest
+        assert not [str(eqn) for eqn in found if eqn.params["precision"] != (jax.lax.Precision.HIGHEST,) * 2]
