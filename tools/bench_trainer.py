@@ -5,9 +5,8 @@ model of a named size with random weights, for a chosen mix of sequence lengths.
 not count), model FLOP utilisation, compile time and peak memory. `--baseline torch` does the same step on the same
 sequences with PyTorch and `transformers`, in the same run and on the same device.
 
-FLOPs of a step, for MFU: 6 · N · tokens + 6 · layers · heads · head_dim · Σ length² (causal attention: half of the
-square), N being the parameters that tokens are multiplied with: all but the embedding table, and the head once, tied or
-not. Rematerialised work does not count.
+MFU is given twice: by the formula of `areal_jax/trainer/flops.py`, which counts half of attention's square, as it is
+causal, and by the one that most published figures have, which counts all of it; in both a packed row is its sequences.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from areal_jax.launch.roles import as_role
-from areal_jax.models import Model, ModelConfig
-from areal_jax.trainer import learner, packing
+from areal_jax.models import REMAT, Model, ModelConfig
+from areal_jax.trainer import flops, learner, packing
 from areal_jax.trainer.batch import TrainBatch
 from areal_jax.trainer.config import TrainerConfig
 from areal_jax.trainer.packing import Sample
@@ -53,8 +52,6 @@ SIZES = {
     "7B": {**_QWEN2, "vocab_size": 152064, "hidden_size": 3584, "num_layers": 28, "num_heads": 28, "num_kv_heads": 4,
            "head_dim": 128, "mlp_size": 18944},
 }  # fmt: skip
-# Dense peak in FLOP/s of the 16-bit tensor cores, from the makers' data sheets.
-PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def lengths_of(mix: str, total: int, longest: int, seed: int = 0) -> np.ndarray:
@@ -95,15 +92,6 @@ def samples_of(lengths: np.ndarray, vocab: int) -> list[Sample]:
         )
         for n in lengths
     ]
-
-
-def flops_per_step(config: ModelConfig, lengths: np.ndarray) -> float:
-    """Model FLOPs of forward and backward; the formula is in the module's docstring."""
-    model = Model(config)
-    table = config.vocab_size * config.hidden_size
-    used = model.num_params() - (0 if config.tie_embeddings else table)  # a tied table is the head
-    attention = config.num_layers * config.num_heads * config.head_dim * float((lengths.astype(float) ** 2).sum())
-    return 6.0 * used * float(lengths.sum()) + 6.0 * attention
 
 
 def settings_of(args: argparse.Namespace) -> TrainerConfig:
@@ -242,9 +230,8 @@ def peak_flops(given: float) -> tuple[float, str]:
     if given:
         return given * 1e12 * jax.device_count(), "given"
     name = jax.devices()[0].device_kind
-    for part, peak in PEAKS.items():
-        if part in name:
-            return peak * jax.device_count(), f"data sheet of {part}, 16 bit, dense"
+    if known := flops.peak_of(name):
+        return known[1] * jax.device_count(), f"data sheet of {known[0]}, 16 bit, dense"
     n = 2048
     x = jax.numpy.ones((n, n), jax.numpy.float32)
     product = jax.jit(lambda a: a @ a)
@@ -264,7 +251,7 @@ def measure(args: argparse.Namespace, which: str) -> dict:
     found = (measure_jax if which == "areal_jax" else measure_torch)(args, config, samples)
     gc.collect()
     seconds = statistics.median(found["seconds"])
-    flops = flops_per_step(config, lengths)
+    causal, full = (flops.model_flops(config, lengths, causal=x) for x in (True, False))
     found |= {
         "size": args.size,
         "parameters": Model(config).num_params(),
@@ -277,8 +264,8 @@ def measure(args: argparse.Namespace, which: str) -> dict:
         "remat": args.remat,
         "seconds_per_step": seconds,
         "tokens_per_second": float(lengths.sum()) / seconds,
-        "flops_per_step": flops,
-        "flops_per_second": flops / seconds,
+        "flops_per_step": causal,
+        "flops_per_step_full_attention": full,
         "machine": machine(),
     }
     return found
@@ -303,10 +290,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lengths", default="uniform:64:512", help="full, fixed:N or uniform:LOW:HIGH (tokens)")
     parser.add_argument("--packing", choices=("dynamic", "fixed"), default="dynamic")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: bfloat16 on a GPU")
-    parser.add_argument("--remat", default="none")
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--remat", choices=REMAT, default="none")
+    parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), default="auto")
     parser.add_argument("--max-segments", type=int, default=0, help="per row; default: as the trainer's")
-    parser.add_argument("--layers", default="auto", help="loop, unrolled or auto")
+    parser.add_argument("--layers", choices=("auto", "loop", "unrolled"), default="auto")
     parser.add_argument("--data", type=int, default=1)
     parser.add_argument("--fsdp", type=int, default=-1)
     parser.add_argument("--tensor", type=int, default=1)
@@ -333,8 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
     for mode in modes:  # each is shown and written as soon as it is there: a time limit loses one, not both
         found = in_own_process(given, mode) if len(modes) > 1 else measure(args, mode)
         peak = peak or peak_flops(args.peak_tflops)
-        share = {"mfu": found["flops_per_second"] / peak[0], "peak_flops": peak[0], "peak_is": peak[1]}
-        results.append(found | share)
+        most = found["seconds_per_step"] * peak[0]
+        share = {"mfu": found["flops_per_step"] / most, "mfu_full": found["flops_per_step_full_attention"] / most}
+        results.append(found | share | {"peak_flops": peak[0], "peak_is": peak[1]})
         if len(results) == 1:
             show_task(results[0])
         show(results[-1])
@@ -354,7 +342,8 @@ def show_task(found: dict) -> None:
 def show(found: dict) -> None:
     spread = f"{min(found['seconds']):.3f}-{max(found['seconds']):.3f} s"
     print(
-        f"{found['mode']:>10}: {found['tokens_per_second']:>11,.0f} tokens/s  MFU {found['mfu']:.1%}  step "
+        f"{found['mode']:>10}: {found['tokens_per_second']:>11,.0f} tokens/s  MFU {found['mfu']:.1%} "
+        f"({found['mfu_full']:.1%} with attention's whole square)  step "
         f"{found['seconds_per_step']:.3f} s ({spread})  compile {found['compile_seconds']:.1f} s  memory "
         f"{found['peak_memory_bytes'] / 2**30:.2f} GiB {found['memory_is']}  fill {found['fill']:.0%}  "
         f"[{found['software']}]",

@@ -74,6 +74,8 @@ class Model:
             raise ModelError(f"layers={self.layers!r} is unknown; known: {', '.join(LAYERS)}")
         if self.experts not in moe.IMPLEMENTATIONS:
             raise ModelError(f"experts={self.experts!r} is unknown; known: {', '.join(moe.IMPLEMENTATIONS)}")
+        if self.lora and self.config.num_experts and not set(self.lora.targets) & {"q", "k", "v", "o"}:
+            raise ModelError(f"adapters on {', '.join(self.lora.targets)}: experts have none; name some of q, k, v, o")
 
     def with_(self, **changes) -> "Model":
         """The same model with some fields replaced."""

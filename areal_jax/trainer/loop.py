@@ -25,7 +25,7 @@ from areal_jax.metrics.trained import TrainedWriter
 from areal_jax.metrics.writers import MetricsWriter
 from areal_jax.models import Lora, Model, ModelConfig
 from areal_jax.rollout.config import RolloutConfig
-from areal_jax.trainer import distributed, learner, measure, state
+from areal_jax.trainer import distributed, flops, learner, measure, state
 from areal_jax.trainer.advantages import AdvantageEstimator
 from areal_jax.trainer.batch import make_batch
 from areal_jax.trainer.checkpoint import Checkpoints
@@ -200,7 +200,9 @@ class Training:
         self.publish()
         seconds = time.perf_counter() - started
         self.memory["trained_tokens"] += batch.report.get("batch/trained_tokens", 0)
-        self.pending = (pending, dict(message.report) | self._times(seconds, batch.report.get("batch/tokens", 0)))
+        lengths, rank = [len(s.tokens) for s in batch.samples], self.settings.trainer.lora_rank
+        speed = flops.speed(self.learner.model.config, lengths, seconds, rank)
+        self.pending = (pending, dict(message.report) | self._times(seconds) | speed)
         self.link.counters = {"steps": self.learner.version, "trained_tokens": self.memory["trained_tokens"]}
         self.link.gauges = {"version": self.learner.version}
         self.clock.enter("idle")
@@ -322,7 +324,7 @@ class Training:
         folder, source = self.workdir / "export", self.settings.model
         models.export_hf(learner.model, learner.state.params, folder, source=source, dtype=dtype, overwrite=True)
 
-    def _times(self, seconds: float, tokens: int) -> dict[str, float]:
+    def _times(self, seconds: float) -> dict[str, float]:
         """Where the time since the end of the last step went; `seconds` is this step's own."""
         now = self.clock.totals()
         spent, self._step_ended = _since(now, self._step_ended), now
@@ -332,7 +334,6 @@ class Training:
             "time/wait_for_batch": spent.get("waiting:batch", 0.0),
             "time/wall": self.memory["wall_seconds"] + sum(now.values()),
             "idle/trainer": idle_fraction(spent),
-            "perf/train_tokens_per_s": tokens / seconds,
             "perf/compilations": self.compiles.count,
         }
 

@@ -37,18 +37,19 @@ class Estimate:
         return f"{self.total / GIB:.1f} GiB ({parts})"
 
 
-def num_params(c: ModelConfig) -> int:
-    """Parameters of the network; a tied head counts once."""
+def num_params(c: ModelConfig, *, active: bool = False) -> int:
+    """Parameters of the network; a tied head counts once. `active`: of the experts, those that a token passes."""
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     attention = c.hidden_size * (2 * queries + 2 * keys)
     attention += c.qkv_bias * (queries + 2 * keys) + c.output_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
     mlp = 0 if c.num_experts else 3 * c.hidden_size * c.mlp_size
-    return c.num_layers * (attention + mlp + 2 * c.hidden_size) + _experts(c) + _tables(c) + c.hidden_size
+    mixed = _experts(c, c.experts_per_token if active else c.num_experts)
+    return c.num_layers * (attention + mlp + 2 * c.hidden_size) + mixed + _tables(c) + c.hidden_size
 
 
-def _experts(c: ModelConfig) -> int:
-    """Parameters of all layers' experts and routers."""
-    return c.num_layers * c.num_experts * (c.hidden_size + 3 * c.hidden_size * c.expert_mlp_size)
+def _experts(c: ModelConfig, experts: int) -> int:
+    """Parameters of all layers' routers, and of so many of their experts."""
+    return c.num_layers * c.hidden_size * (c.num_experts + 3 * experts * c.expert_mlp_size)
 
 
 def _tables(c: ModelConfig) -> int:
@@ -62,11 +63,11 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
     Raises `ValueError` where the mesh does not fit the number of devices.
     """
     data, fsdp, tensor, expert = mesh(t, devices)
-    params, mixed = num_params(c), _experts(c)
+    params, mixed = num_params(c), _experts(c, c.num_experts)
     shards = fsdp * tensor * params / (params - mixed + mixed / expert)  # only experts are split over `expert`
     trained, trained_shards = params, shards
     if t.lora_rank:
-        trained, trained_shards = _adapters(c, t.lora_rank), fsdp * tensor
+        trained, trained_shards = num_adapters(c, t.lora_rank), fsdp * tensor
     width = BYTES[t.compute_dtype]
     rows = t.fixed_sequences if t.packing == "fixed" else t.rows
     tokens = max(1, rows // (data * fsdp)) * t.row_length
@@ -139,8 +140,8 @@ def _split(c: ModelConfig, tensor: int) -> int:
     return 1 if c.num_kv_heads % tensor else tensor
 
 
-def _adapters(c: ModelConfig, rank: int) -> int:
-    """Parameters of low-rank adapters on every linear map of a layer (fewer where fewer are chosen)."""
-    queries, keys, mlp = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.mlp_size
-    pairs = 2 * (c.hidden_size + queries) + 2 * (c.hidden_size + keys) + 3 * (c.hidden_size + mlp)
-    return c.num_layers * rank * pairs
+def num_adapters(c: ModelConfig, rank: int) -> int:
+    """Parameters of low-rank adapters on all projections of a layer (fewer if fewer are chosen); experts have none."""
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    pairs = 2 * (c.hidden_size + queries) + 2 * (c.hidden_size + keys)
+    return c.num_layers * rank * (pairs + (0 if c.num_experts else 3 * (c.hidden_size + c.mlp_size)))

@@ -69,3 +69,6 @@ def test_adapters_on_nothing_are_refused():
     with pytest.raises(models.ModelError, match="rank 0"):
         models.Lora(0)
     assert models.Lora(8, targets=["q", "v"]) == models.Lora(8, targets=("q", "v"))
+    mixture = tiny.model_and_params("qwen3-moe")[0]
+    with pytest.raises(models.ModelError, match="experts have none; name some of q, k, v, o"):
+        mixture.with_(lora=models.Lora(8, targets=("gate", "up", "down")))

@@ -1,6 +1,7 @@
 """The measuring tool measures what it says: FLOPs by hand, the mix of lengths, and a whole tiny measurement."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -9,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from areal_jax.models import Model, ModelConfig
-from areal_jax.trainer import packing
+from areal_jax.models import Lora, Model, ModelConfig
+from areal_jax.trainer import flops, packing
 
 PATH = Path(__file__).parents[2] / "tools" / "bench_trainer.py"
 
@@ -25,11 +26,33 @@ def bench():
 
 def test_flops_are_those_of_the_formula(bench):
     """Qwen2.5-0.5B, one sequence of 1000 tokens: 494 M parameters with the tied head, and half of the square."""
-    flops = bench.flops_per_step(ModelConfig(**bench.SIZES["0.5B"]), np.array([1000]))
-    assert flops == pytest.approx(6 * 494.03e6 * 1000 + 6 * 24 * 14 * 64 * 1000**2, rel=1e-4)
+    half = ModelConfig(**bench.SIZES["0.5B"])
+    attention = 24 * 14 * 64 * 1000**2
+    assert flops.model_flops(half, [1000]) == pytest.approx(6 * 494.03e6 * 1000 + 6 * attention, rel=1e-4)
+    whole_square = flops.model_flops(half, [1000], causal=False)
+    assert whole_square - flops.model_flops(half, [1000]) == pytest.approx(6 * attention)
+    adapted = Model(half, lora=Lora(4)).num_params() - Model(half).num_params()
+    with_adapters = flops.model_flops(half, [1000], lora_rank=4)
+    assert with_adapters == pytest.approx(1000 * (4 * 494.03e6 + 6 * adapted) + 6 * attention, rel=1e-4)
     untied = ModelConfig(**bench.SIZES["7B"])
     parameters = 7.6156e9 - 152064 * 3584  # the embedding table multiplies nothing
-    assert bench.flops_per_step(untied, np.array([1])) == pytest.approx(6 * parameters + 6 * 28 * 28 * 128, rel=1e-3)
+    assert flops.model_flops(untied, [1]) == pytest.approx(6 * parameters + 6 * 28 * 28 * 128, rel=1e-3)
+    experts = {"family": "qwen3_moe", "num_experts": 8, "experts_per_token": 2, "expert_mlp_size": 64}
+    mixture = dataclasses.replace(half, tie_embeddings=False, **experts)
+    idle = 24 * 6 * 3 * 896 * 64 + 151936 * 896  # the experts that a token does not pass, and the table
+    assert flops.model_flops(mixture, [0, 1]) == 6 * (Model(mixture).num_params() - idle + 24 * 14 * 64)
+
+
+def test_a_step_reports_its_share_of_the_peak_where_that_is_known(bench, monkeypatch):
+    """The names are NVIDIA's; no figure is made up for a device that is not in the table."""
+    assert [flops.peak_of(f"NVIDIA {name}") for name in ("H100 80GB HBM3", "H100 PCIe", "GB200", "T4")] == [
+        ("H100", 989e12), ("H100 PCIe", 756e12), ("GB200", 2500e12), None,
+    ]  # fmt: skip
+    tiny = ModelConfig(**bench.SIZES["tiny"])
+    assert flops.speed(tiny, [30, 50], 0.5) == {"perf/train_tokens_per_s": 160}
+    monkeypatch.setitem(flops.PEAKS, jax.devices()[0].device_kind, 1e9)
+    share = flops.model_flops(tiny, [30, 50]) / 0.5 / (1e9 * jax.device_count())
+    assert flops.speed(tiny, [30, 50], 0.5)["perf/mfu"] == pytest.approx(share)
 
 
 # Parameters in millions, from the checkpoints' own cards (Qwen2.5 and Qwen3).
