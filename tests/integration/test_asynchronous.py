@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from whole_runs import ROOT, environment, launch, python, steps
+from whole_runs import ROOT, environment, launch, python, steps, unexplained
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 SUMMARY = {
@@ -75,6 +75,7 @@ def test_the_quick_start_learns_across_ctrl_c_and_keeps_its_promises(tmp_path):
     measured = [row for row in rows if row.get("mismatch/tokens")]  # tokens of lag 0
     assert measured and all(row["mismatch/logprob_abs_diff_mean"] < 1e-4 for row in measured)
     assert all(row["staleness/max"] <= 4 for row in rows)
+    assert not unexplained(run)
     for row in rows:
         assert sum(row["staleness/hist"]) == row["batch/samples"] == 128
         assert row["time/step"] == pytest.approx(row["time/train"] + row["time/wait_for_batch"], abs=0.5)
@@ -100,6 +101,7 @@ def test_what_few_runs_use_works_together(tmp_path):
     assert all(row["reward/equal_groups"] == 0 and row["staleness/max"] <= 1 for row in rows)
     assert all("warning" not in row for row in rows), "sampling from a part is no fault of the engine"
     assert summary["recompiles_after_warmup"] == 0 and summary["skipped_updates"] == 0
+    assert not unexplained(tmp_path / "run")
 
 
 @pytest.mark.slow

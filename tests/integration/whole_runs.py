@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,20 @@ def launch(workdir: Path, *, config="configs/quickstart.py", timeout=400.0, code
     return json.loads(summary.read_text()) if summary.exists() else {}
 
 
+def lines(workdir: Path) -> list[dict]:
+    """All of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def steps(workdir: Path) -> list[dict]:
     """The training steps of metrics.jsonl."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "actor/loss" in row]
+    return [row for row in lines(workdir) if "actor/loss" in row]
+
+
+def unexplained(workdir: Path) -> set[str]:
+    """Names in metrics.jsonl that docs/metrics.md does not have; `<...>` there stands for any ending."""
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    known = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    patterns = [re.sub("<.*>", "[a-z0-9_]+", name) + "$" for name in (*known, "step")]
+    return {name for row in lines(workdir) for name in row if not any(re.match(p, name) for p in patterns)}
