@@ -150,7 +150,7 @@ class Model:
         unrolled = self._unrolled()
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_policy(self.remat, implementation), prevent_cse=unrolled)
-        x_MxD = at_rest(net.embed(tokens.reshape(-1), self.compute_dtype))
+        x_MxD = at_rest(net.embed(tokens.reshape(-1), self.compute_dtype, place))
         x_MxD, _ = jax.lax.scan(layer, x_MxD, stacked, unroll=c.num_layers if unrolled else 1)
         return net.normalize(x_MxD).reshape(*tokens.shape, -1)
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from areal_jax.models.config import ModelError
@@ -53,16 +54,17 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
 
 
 def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], rules: Rules = RULES) -> PartitionSpec:
-    """The mesh axes of each dimension of an array with these logical axes and this shape."""
-    table, taken, spec = dict(rules), set(), []
-    for axis, size in zip(axes, shape, strict=True):
+    """The mesh axes of each dimension of an array with these logical axes and this shape; "batch" chooses last."""
+    table, taken, spec = dict(rules), set(), [None] * len(shape)
+    dimensions = list(enumerate(zip(axes, shape, strict=True)))
+    for i, (axis, size) in sorted(dimensions, key=lambda d: d[1][0] == "batch"):
         chosen: list[str] = []
         for name in table.get(axis, ()):
             parts = mesh.shape.get(name, 1)
             if parts > 1 and name not in taken and size % (parts * math.prod(mesh.shape[c] for c in chosen)) == 0:
                 chosen.append(name)
         taken.update(chosen)
-        spec.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+        spec[i] = tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None
     return PartitionSpec(*spec)
 
 
@@ -96,6 +98,18 @@ class Place:
             return x
         shape = x.shape if like is None else like.shape
         return jax.lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, shape, self.rules))
+
+    def rows(self, table_VxD: jax.Array, ids_M: jax.Array) -> jax.Array:
+        """`[M, D]`: rows of a table, split over D as the table is. Each device looks up its own columns, for the tokens
+        of all devices that have the other columns; a constraint that splits M instead then trades columns for tokens.
+        Left to itself, XLA gathers the rows of all tokens on every device where `data` and `fsdp` are both used."""
+        if self.mesh is None or self.mesh.size == 1:
+            return jnp.take(table_VxD, ids_M, axis=0)
+        shape = (*ids_M.shape, table_VxD.shape[1])
+        spec = partition_spec(self.mesh, ("batch", "embed"), shape, self.rules)
+        ids_M = jax.lax.with_sharding_constraint(ids_M, NamedSharding(self.mesh, PartitionSpec(spec[0])))
+        rows_MxD = jnp.take(table_VxD, ids_M, axis=0)
+        return jax.lax.with_sharding_constraint(rows_MxD, NamedSharding(self.mesh, spec))
 
     def shard_shape(self, shape: Sequence[int], *axes: str | None) -> tuple[int, ...]:
         """The shape of one device's part of an array of `shape` with these axes."""

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from areal_jax.models import moe
 from areal_jax.models.config import ModelConfig, ModelError, Rope
 from areal_jax.models.precision import precision_of
-from areal_jax.models.sharding import on_gpu
+from areal_jax.models.sharding import ANYWHERE, Place, on_gpu
 
 # (q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, state) -> (out_BxTxNxH, state): how a query finds its keys.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, object], tuple[jax.Array, object]]
@@ -248,8 +248,8 @@ class Decoder(nnx.Module):
         self.final_norm = make("embed", init="ones")
         self.head = None if config.tie_embeddings else make("vocab", "embed")
 
-    def embed(self, tokens_M: jax.Array, dtype) -> jax.Array:
-        return jnp.take(self.embedding[...], tokens_M, axis=0).astype(dtype)
+    def embed(self, tokens_M: jax.Array, dtype, place: Place = ANYWHERE) -> jax.Array:
+        return place.rows(self.embedding[...], tokens_M).astype(dtype)
 
     def rope(self, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rope_angles(positions_BxT, self.config.head_dim, self.config.rope)

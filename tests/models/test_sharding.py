@@ -1,5 +1,8 @@
 """One device and eight give the same numbers; parameters, gradients and activations live where the rules say."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +92,24 @@ def test_what_does_not_divide_stays_whole():
     mesh = models.make_mesh(data=2, fsdp=4)
     assert sharding.partition_spec(mesh, ("batch",), (8,)) == P(("data", "fsdp"))
     assert sharding.partition_spec(mesh, ("batch",), (2,)) == P("data")
+
+
+def test_no_device_gathers_the_embeddings_of_all_tokens():
+    """A table split over words and columns, tokens over data and fsdp: columns are traded, forward and backward."""
+    mesh, tokens, table = models.make_mesh(data=2, fsdp=2, tensor=2), 1024, (96, 64)
+    place, rng = sharding.Place(mesh), np.random.default_rng(0)
+
+    def gradient(place, table, ids, weights):
+        return jax.grad(lambda t: jnp.sum(weights * place(place.rows(t, ids), "batch", None) ** 2))(table)
+
+    given = rng.standard_normal(table, np.float32), rng.integers(0, 96, tokens), rng.standard_normal((tokens, 64))
+    axes = ("vocab", "embed"), ("batch",), ("batch", None)
+    where = [sharding.named_sharding(mesh, a, x.shape) for a, x in zip(axes, given)]
+    run = jax.jit(functools.partial(gradient, place), in_shardings=where, out_shardings=where[0])
+    np.testing.assert_allclose(run(*given), gradient(sharding.ANYWHERE, *map(jnp.asarray, given)), rtol=1e-5, atol=1e-5)
+    program = run.lower(*given).compile().as_text()
+    assert "all-to-all" in program
+    assert not [size for size in re.findall(r"f32\[(\d+),\d+\]\S* all-gather", program) if int(size) >= tokens]
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
