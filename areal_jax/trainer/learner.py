@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from areal_jax.models import Model, make_mesh
 from areal_jax.trainer import batch as batch_lib
-from areal_jax.trainer import measure, packing, steps
+from areal_jax.trainer import measure, memory, packing, steps
 from areal_jax.trainer import state as state_lib
 from areal_jax.trainer.batch import TrainBatch
 from areal_jax.trainer.config import TrainerConfig
@@ -44,16 +44,10 @@ def make_objective(config: TrainerConfig, *, horizon: float = 1.0) -> Objective:
 def mesh_of(config: TrainerConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of the settings over all devices; a size of -1 takes what is left."""
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {"data": config.data_parallel, "fsdp": config.fsdp, "tensor": config.tensor, "expert": config.expert}
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(open_axes) > 1 or fixed < 1 or len(devices) % fixed or (not open_axes and fixed != len(devices)):
-        raise ObjectiveError(
-            f"trainer mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to that number, "
-            "one of them may be -1"
-        )
-    if open_axes:
-        sizes[open_axes[0]] = len(devices) // fixed
+    try:
+        sizes = memory.mesh_sizes(config, len(devices))
+    except ValueError as error:
+        raise ObjectiveError(str(error)) from None
     rows, shards = _rows(config), sizes["data"] * sizes["fsdp"]
     if rows % shards:
         name = "trainer.fixed_sequences" if config.packing == "fixed" else "trainer.rows"

@@ -62,7 +62,7 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
 
     Raises `ValueError` where the mesh does not fit the number of devices.
     """
-    data, fsdp, tensor, expert = mesh(t, devices)
+    data, fsdp, tensor, expert = mesh_sizes(t, devices).values()
     params, mixed = num_params(c), _experts(c, c.num_experts)
     shards = fsdp * tensor * params / (params - mixed + mixed / expert)  # only experts are split over `expert`
     trained, trained_shards = params, shards
@@ -108,15 +108,19 @@ def engine(c: ModelConfig, dtype: str, max_length: int, gpus: int, sequences: in
     )
 
 
-def mesh(t: TrainerConfig, devices: int) -> tuple[int, int, int, int]:
-    """Sizes of data, fsdp, tensor and expert on so many devices; raises `ValueError` where that is impossible."""
-    sizes = [t.data_parallel, t.fsdp, t.tensor, t.expert]
-    fixed = math.prod(size for size in sizes if size != -1)
-    if devices % fixed or (-1 not in sizes and fixed != devices):
+def mesh_sizes(t: TrainerConfig, devices: int) -> dict[str, int]:
+    """The size of each axis of the mesh on so many devices: one of -1 takes what is left.
+
+    Raises `ValueError` where that is impossible.
+    """
+    sizes = {"data": t.data_parallel, "fsdp": t.fsdp, "tensor": t.tensor, "expert": t.expert}
+    left, fixed = list(sizes.values()).count(-1), math.prod(size for size in sizes.values() if size != -1)
+    if left > 1 or fixed < 1 or devices % fixed or (not left and fixed != devices):
         raise ValueError(
-            f"trainer.data_parallel, fsdp, tensor, expert = {', '.join(map(str, sizes))} do not fit {devices} devices"
+            f"trainer mesh {sizes} does not fit {devices} devices: the sizes must multiply to that number, one of them "
+            "may be -1"
         )
-    return tuple(devices // fixed if size == -1 else size for size in sizes)
+    return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
 def _kept(c: ModelConfig, remat: str, tensor: int) -> float:

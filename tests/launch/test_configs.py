@@ -73,7 +73,7 @@ def test_the_model_fits_the_stated_gpus(name):
     trainer, rollout = section(TrainerConfig, config["trainer"]), config["rollout"]
     gpus, per_engine = TRAINER_GPUS[name], config["launch"]["rollout_gpus"]
     assert rollout["workers"] * per_engine + gpus == ALL_GPUS[name]
-    data, fsdp, tensor, _ = memory.mesh(trainer, gpus)
+    data, fsdp, tensor, _ = memory.mesh_sizes(trainer, gpus).values()
     assert trainer.rows % (data * fsdp) == 0, "every device gets whole rows"
     assert shape.num_kv_heads % tensor == 0 and gpus % trainer.processes == 0
     fraction = float(config["launch"]["trainer_env"].get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))

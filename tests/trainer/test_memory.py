@@ -141,6 +141,6 @@ def test_adapters_shrink_what_is_trained():
 
 
 def test_a_mesh_that_does_not_fit_is_said():
-    with pytest.raises(ValueError, match="do not fit 6 devices"):
+    with pytest.raises(ValueError, match="does not fit 6 devices"):
         memory.trainer(SMALL, TrainerConfig(tensor=4), 6)
-    assert memory.mesh(TrainerConfig(tensor=2), 8) == (1, 4, 2, 1)
+    assert memory.mesh_sizes(TrainerConfig(tensor=2), 8) == {"data": 1, "fsdp": 4, "tensor": 2, "expert": 1}
