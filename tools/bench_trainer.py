@@ -51,6 +51,9 @@ SIZES = {
              "head_dim": 128, "mlp_size": 8960, "tie_embeddings": True},
     "7B": {**_QWEN2, "vocab_size": 152064, "hidden_size": 3584, "num_layers": 28, "num_heads": 28, "num_kv_heads": 4,
            "head_dim": 128, "mlp_size": 18944},
+    "30B-A3B": {"family": "qwen3_moe", "qk_norm": True, "vocab_size": 151936, "hidden_size": 2048, "num_layers": 48,
+                "num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "mlp_size": 6144, "num_experts": 128,
+                "experts_per_token": 8, "expert_mlp_size": 768},
 }  # fmt: skip
 
 

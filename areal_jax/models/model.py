@@ -243,7 +243,9 @@ class Model:
             return self.layers == "unrolled"
         # Without a loop, XLA's CPU compiler keeps what was to be computed again, and gathers all layers at once.
         alone = self.mesh is None or self.mesh.size == 1
-        return jax.default_backend() != "cpu" or (self.remat == "none" and alone)
+        if jax.default_backend() == "cpu":
+            return self.remat == "none" and alone
+        return not self.config.num_experts  # many layers of much code each: a mixture would compile for many minutes
 
     @property
     def _place(self) -> sharding.Place:

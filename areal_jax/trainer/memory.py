@@ -79,15 +79,18 @@ def trainer(c: ModelConfig, t: TrainerConfig, devices: int) -> Estimate:
     # Flash attention leaves a float32 for every token, head and segment that the token's row may hold: its outputs are
     # kept with attention's result, or exist for one layer at a time.
     statistics = 4 * max(2, max_segments(t)) * c.num_heads / _split(c, tensor) * (t.attention != "xla")
+    blocks, size = _blocks(c, tokens, expert)
+    slots, copied = blocks * size / tokens, blocks * 3 * c.hidden_size * c.expert_mlp_size / tensor
     return Estimate(
         {
             "parameters": params * BYTES[t.param_dtype] * (2 if t.kl_coef else 1) / shards,
             "moments": trained * 8 / trained_shards,
             "gradients": trained * 4 / trained_shards,
             "a micro-batch's gradients": trained * BYTES[t.param_dtype] / trained_shards,
-            "kept activations": c.num_layers * tokens * width * _kept(c, t.remat, tensor),
+            "kept activations": c.num_layers * tokens * width * _kept(c, t.remat, tensor, slots),
             "flash statistics": tokens * statistics * (1 if t.remat == "full" else c.num_layers),
-            "one layer": tokens * width * _kept(c, "none", tensor) + 2 * layer * (4 + width) / (tensor * expert),
+            "one layer": tokens * width * _kept(c, "none", tensor, slots) + 2 * layer * (4 + width) / (tensor * expert),
+            "experts' weights by block": copied * width,
             "scores": tokens * scores,
             "logits": logits * (2 * 4 + width),
             "head": head * (4 + width) + 4 * tokens * c.hidden_size,
@@ -123,18 +126,28 @@ def mesh_sizes(t: TrainerConfig, devices: int) -> dict[str, int]:
     return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-def _kept(c: ModelConfig, remat: str, tensor: int) -> float:
-    """Numbers per token that one layer keeps for the backward pass, besides its parameters (see models/model.py)."""
+def _blocks(c: ModelConfig, tokens: int, expert: int) -> tuple[int, int]:
+    """How many blocks of how many rows a device lays its tokens out in for its experts, as in models/moe.py."""
+    if not c.num_experts:
+        return 0, 0
+    pairs = tokens * c.experts_per_token
+    size = 64 * max(1, round(20 * math.sqrt(pairs / c.num_experts) / 64))
+    return -(-(pairs // size + c.num_experts // expert) // expert) * expert, size
+
+
+def _kept(c: ModelConfig, remat: str, tensor: int, slots: float) -> float:
+    """Numbers per token that one layer keeps for the backward pass, besides its parameters (see models/model.py); of a
+    mixture, each token has so many rows ("slots") before the experts."""
     stream, size = c.hidden_size, c.head_dim / _split(c, tensor)
     queries, keys = c.num_heads * size, c.num_kv_heads * size
-    mlp = (c.experts_per_token * c.expert_mlp_size if c.num_experts else c.mlp_size) / tensor
+    mlp = 0 if c.num_experts else c.mlp_size / tensor
     kept = {
         "full": 0.0,
         "attention": queries,
         "attention_qkv": 2 * queries + 2 * keys,
         "attention_mlp": 2 * queries + 2 * keys + 2 * mlp,
         # Also both norms' float32 inputs and scales, queries and keys before rotation, and the gated product.
-        "none": 6 * stream + 4 * queries + 4 * keys + 4 * mlp,
+        "none": 6 * stream + 4 * queries + 4 * keys + 4 * mlp + slots * (2 * stream + 4 * c.expert_mlp_size / tensor),
     }
     return stream + kept[remat]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from areal_jax.models import Lora, Model, ModelConfig, logprobs, transformer
+from areal_jax.models import Lora, Model, ModelConfig, logprobs, moe, transformer
 from areal_jax.models.sharding import make_mesh
 from areal_jax.trainer import learner, memory, state, steps
 from areal_jax.trainer.config import TrainerConfig
@@ -85,6 +85,9 @@ def test_flash_attention_keeps_a_number_for_every_segment_that_a_row_may_hold():
 
 def test_constants_are_the_codes_own():
     assert memory.LOGITS_PER_CHUNK == logprobs.LOGITS_PER_CHUNK_GPU
+    mixture = dataclasses.replace(SMALL, **MIXTURE)
+    for tokens in (100, 3_000, 100_000):
+        assert memory._blocks(mixture, tokens, 1)[1] == moe.block_size(tokens * 2, 8)
 
 
 @pytest.mark.parametrize(
