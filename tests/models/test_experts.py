@@ -29,7 +29,7 @@ def test_router_keeps_the_best_and_renormalises():
         np.testing.assert_allclose(weights[0], want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("block", [4, 64])  # several blocks of an expert, and all of its rows in one
+@pytest.mark.parametrize("block", [4, pytest.param(64, marks=pytest.mark.slow)])  # several of an expert, and one
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_grouped_equals_dense_forward_and_gradient(sizes, block, monkeypatch):
     monkeypatch.setattr(moe, "block_size", lambda pairs, experts: block)
@@ -47,7 +47,7 @@ def test_grouped_equals_dense_forward_and_gradient(sizes, block, monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("block", [4, 64])
+@pytest.mark.parametrize("block", [4, pytest.param(64, marks=pytest.mark.slow)])
 def test_an_expert_that_nobody_chose_and_one_that_all_chose(block, monkeypatch):
     monkeypatch.setattr(moe, "block_size", lambda pairs, experts: block)
     x, _, *weights = _inputs(np.random.default_rng(2))
