@@ -164,12 +164,19 @@ class Steps:
         return gradients, measure.add(sums, added)
 
     def _update(
-        self, train_state: TrainState, gradients: Tree, sums: measure.Sums, new_version: jax.Array, apply: jax.Array
+        self,
+        train_state: TrainState,
+        gradients: Tree,
+        sums: measure.Sums,
+        before: measure.Sums,
+        new_version: jax.Array,
+        apply: jax.Array,
     ) -> tuple[TrainState, Tree, measure.Sums]:
-        """Clips and applies one optimizer update; hands back an emptied accumulator and the metrics with the norms.
+        """Clips and applies one optimizer update; hands back an emptied accumulator and all metrics with the norms.
 
-        What is beyond the limits leaves parameters and moments untouched and is counted as skipped. `apply=False` does
-        the same without counting (used to compile before there is data).
+        What is beyond the limits leaves parameters and moments untouched and is counted as skipped: `sums` are of this
+        minibatch alone, so that a bad one does not condemn the next; `before`, of the step's minibatches before it, are
+        added. `apply=False` does the same without counting (used to compile before there is data).
         """
         norm = optax.tree.norm(gradients)
         good = self.limits.good(norm, sums)
@@ -192,7 +199,8 @@ class Steps:
             "actor/skipped_updates": 1.0 - good.astype(jnp.float32),
         }
         added = {name: Weighted(jnp.where(apply, x, 0.0).astype(jnp.float32), count) for name, x in measured.items()}
-        return new_state, jax.tree.map(jnp.zeros_like, gradients), measure.add(sums, {"mean": added, "max": {}})
+        sums = measure.add(before, measure.add(sums, {"mean": added, "max": {}}))
+        return new_state, jax.tree.map(jnp.zeros_like, gradients), sums
 
 
 def _rows(micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

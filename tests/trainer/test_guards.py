@@ -50,7 +50,8 @@ def test_a_skipped_update_is_named_counted_and_its_batch_is_kept_for_its_owner(t
     said = [guard.judge(version, BAD, [packed()]) for version in (4, 5, 6)]
     assert "gradient norm 1e+04" in said[0] and "largest importance weight 70" in said[0]
     assert "beyond trainer.grad_norm_limit, ratio_limit or mismatch_limit" in said[0]
-    assert guard.skipped == 3 and guard.judge(7, {"actor/skipped_updates": 0.0}, []) == ""
+    assert "2 updates were not applied" in guard.judge(7, BAD | {"actor/skipped_updates": 2.0}, [])
+    assert guard.skipped == 5 and guard.judge(7, {"actor/skipped_updates": 0.0}, []) == ""
     folder = tmp_path / "postmortem"
     assert sorted(path.name for path in folder.glob("*.npz")) == ["version-4.npz", "version-5.npz"], "no more than keep"
     np.testing.assert_array_equal(np.load(folder / "version-4.npz")["0/tokens"], packed().arrays["tokens"])

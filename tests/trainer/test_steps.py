@@ -9,7 +9,7 @@ import pytest
 
 from areal_jax import models
 from areal_jax.models import logprobs
-from areal_jax.trainer import objectives, packing, steps
+from areal_jax.trainer import measure, objectives, packing, steps
 from tests.trainer import toy
 
 ALL = sorted(objectives.OBJECTIVES)
@@ -194,6 +194,45 @@ def test_every_objective_and_its_gradient_are_finite(name):
     assert not np.asarray(grad)[~micro["mask"]].any()
 
 
+def hand_made(name, args=None, reference=(1, 1, 1, 1), **options):
+    """(loss, report) of sequences of three tokens and of one, A = 1, ratios to behaviour 2, 1/2, 3 and 3, repeated and
+    padded to the shapes of the test above, which compiled them."""
+    made = objectives.make(name, args, proximal="fused", num_segments=4, **options)
+
+    def rows(values, dtype=np.float32):
+        return np.tile(np.array([*values, *[0] * 8], dtype), (3, 1))
+
+    behavior, mask = rows([-5] * 8), rows([1] * 8, bool)
+    micro = {"mask": mask, "behavior_logprobs": behavior, "advantages": rows([1] * 8)}
+    micro |= {"versions": rows([3] * 8, np.int32), "segment_ids": rows([1, 1, 1, 2, 3, 3, 3, 4], np.int32)}
+    current = jnp.asarray(behavior + rows(np.log([2, 0.5, 3, 3, 2, 0.5, 3, 3])))
+    reference = current + rows(np.log([*reference, *reference])) if made.kl_coef else None
+    loss, sums = made.loss(current, jnp.ones_like(current), micro, steps.scalars(24, 12, 3), None, reference, None)
+    return float(loss), measure.finish(jax.device_get(sums))
+
+
+def test_what_the_clip_and_the_cap_are_said_to_hold_is_what_they_hold():
+    def held(*given):
+        return hand_made(*given)[1]["actor/clip_fraction"]
+
+    assert held("ppo_clip") == 0.75  # the tokens of 2, 3 and 3
+    assert held("ppo_clip", {"clip_high": 1.5}) == 0.5
+    assert held("gspo", {"clip_high": 0.5}) == 0.25  # the geometric means are 3^(1/3) = 1.44, and 3
+    for mode, share in (("mask", 0.5), ("clamp", None)):  # what is clamped is not left out
+        report = hand_made("decoupled_ppo", {"weight_cap": 2.5, "cap_mode": mode})[1]
+        assert report.get("is/masked_frac") == share and report["is/max"] == pytest.approx(3)
+
+
+@pytest.mark.parametrize(("aggregate", "share"), [("token_mean", 1 / 4), ("seq_mean_token_mean", 1 / 3 / 2)])
+def test_the_penalty_to_the_reference_is_aggregated_as_the_loss_is(aggregate, share):
+    """As in GRPO, where it stands inside the mean over a response's tokens."""
+    # k3 = 2 - 1 - log 2 at one token of the longer sequence
+    with_it, report = hand_made("reinforce", reference=(2, 1, 1, 1), kl_coef=1.0, aggregate=aggregate)
+    assert report["actor/ref_kl"] == pytest.approx((1 - np.log(2)) / 4, rel=1e-5)
+    without = hand_made("reinforce", aggregate=aggregate)[0]
+    assert with_it - without == pytest.approx((1 - np.log(2)) * share, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_objective_trains_one_step(name):
@@ -275,6 +314,15 @@ def test_a_bad_update_is_skipped_and_counted(packed_learner):
         np.testing.assert_array_equal(a, b)
     assert the_learner.version == int(the_learner.state.version) == 1  # the batch is consumed all the same
     assert the_learner.step(dataclasses.replace(good, version=1)).report()["actor/skipped_updates"] == 0.0
+    applied = [np.asarray(x) for x in jax.tree.leaves(the_learner.state.params)]
+
+    # As one step's minibatches: a bad one does not condemn the next.
+    the_learner = toy.renew(packed_learner)
+    minibatches = [the_learner._pack(b.samples) for b in (bad, bad, good)]
+    report = the_learner._run(bad, minibatches, lambda: None, apply=True).report()
+    assert report["actor/skipped_updates"] == 2.0
+    for a, b in zip(applied, jax.tree.leaves(the_learner.state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
