@@ -46,6 +46,8 @@ def test_every_estimator_gives_each_sample_its_own(name):
         return np.mean([np.broadcast_to(s.advantages, len(s.tokens))[s.mask].mean() for s in samples])
 
     assert mean(better) > mean(worse)
+    of_tokens = [np.abs(np.broadcast_to(s.advantages, len(s.tokens))[s.mask]).mean() for s in made.samples]
+    assert made.report["advantage/abs_mean"] == pytest.approx(np.mean(of_tokens), rel=1e-5)
 
 
 def test_a_group_without_a_trained_token_leaves_the_others_theirs():
