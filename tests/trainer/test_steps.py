@@ -190,6 +190,8 @@ def test_a_step_equals_a_plain_implementation():
     )  # fmt: skip
     the_learner = toy.make_learner(config, layers=1)
     few = toy.on_policy(toy.random_batch(11, groups=2, samples=2, lengths=(12, 13)), the_learner, noise=0.4)
+    uneven = [dataclasses.replace(s, mask=s.mask & (np.arange(12) < 6 + 2 * i)) for i, s in enumerate(few.samples)]
+    few = dataclasses.replace(few, samples=uneven)
     params = jax.tree.map(jnp.copy, the_learner.state.params)
     the_learner.reference = jax.tree.map(lambda x: 1.05 * x, params)
     expected, values, norms = plain_step(the_learner.model, params, the_learner.reference, few, config)
