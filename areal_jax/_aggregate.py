@@ -57,8 +57,9 @@ def aggregate(
 
     The result does not depend on micro-batching or on the number of devices, if one of two things is done, not both:
     divide each micro-batch's sum by the *global* denominator (`num_tokens`, `num_sequences`: counts over the whole
-    batch) and add the quotients; or leave them out, add the pairs (`Weighted.__add__`, `jax.lax.psum`), divide once. A
-    sequence must not be split over micro-batches where the mode or the loss looks at whole sequences.
+    batch) and add the quotients; or leave them out, add the pairs (`Weighted.__add__`, `jax.lax.psum`), divide once. Of
+    `token_sum` only the sums are added: each pair's denominator is 1. A sequence must not be split over micro-batches
+    where the mode or the loss looks at whole sequences.
 
     The mask decides what counts. To drop tokens from the loss and still divide by the full count (as AReaL does for
     rejected tokens), give the smaller mask to the loss, which is 0 outside it, and the full mask here.

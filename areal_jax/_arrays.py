@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 MAX_LOG_RATIO = 20.0  # e^20 squared still fits a float32; beyond it a ratio carries no information anyway
+OPTIONAL = ("weights", "old_values")  # per-token arguments that may be None
 WIDE_LOG_RATIO = 1e4  # for sums of log-ratios: opposite infinities must add up to a number
 
 
@@ -21,8 +22,8 @@ def check_shape(name: str, array: jax.Array, shape: tuple[int, ...], owner: str)
     if array.shape == shape:
         return
     hint = ""
-    if name == "advantages" and array.shape == shape[:-1]:
-        hint = "; broadcast a per-sequence advantage over its tokens first: advantages[..., None] * jnp.ones_like(...)"
+    if name == "advantages" and array.shape in (shape[:-1], (*shape[:-1], 1)):
+        hint = "; give every token its sequence's advantage, e.g. jnp.broadcast_to(advantages[:, None], mask.shape)"
     raise ValueError(f"{name} has shape {array.shape}, expected {shape}, the shape of {owner}{hint}")
 
 
@@ -54,8 +55,12 @@ def inputs(
 
     The first array sets the shape and is differentiated; the others are constants (stop_gradient) if `detach`. Masked
     places enter as zeros, so neither -inf nor NaN there reaches a value or a gradient, and every loss is 0 there.
-    Tokens outside segments 1..num_segments count as masked. The mask is None when neither it nor segments are given.
+    Tokens outside segments 1..num_segments count as masked. The mask is None when neither it nor segments are given,
+    and so is an array of OPTIONAL that is not.
     """
+    for name, value in arrays.items():
+        if value is None and name not in OPTIONAL:
+            raise ValueError(f"{name} is None, expected an array [..., T]")
     owner, first = next(iter(arrays.items()))
     shape = jnp.shape(first)
     if not shape:
@@ -100,13 +105,18 @@ def _live(
         isinstance(segment_ids, jax.Array) and not isinstance(segment_ids, Tracer) and segment_ids.is_fully_addressable
     )
     largest = int(np.asarray(segment_ids).max(initial=0)) if known else 0
+    segment_ids = checked_segment_ids(segment_ids, shape, owner)
+    if largest > count:  # under jit the values are unknown, and such tokens count as padding
+        raise ValueError(f"segment_ids holds the id {largest}, but num_segments={count}: ids run from 1 per row")
+    return (segment_ids > 0) & (segment_ids <= count)
+
+
+def checked_segment_ids(segment_ids: ArrayLike, shape: tuple[int, ...], owner: str) -> jax.Array:
     segment_ids = jnp.asarray(segment_ids)
     check_shape("segment_ids", segment_ids, shape, owner)
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"segment_ids has dtype {segment_ids.dtype}, expected integers (0 = padding)")
-    if largest > count:  # under jit the values are unknown, and such tokens count as padding
-        raise ValueError(f"segment_ids holds the id {largest}, but num_segments={count}: ids run from 1 per row")
-    return (segment_ids > 0) & (segment_ids <= count)
+    return segment_ids
 
 
 def log_ratio(logprobs: jax.Array, other: jax.Array, bound: float = MAX_LOG_RATIO) -> jax.Array:

@@ -63,10 +63,11 @@ def mismatch_statistics(train_logprobs: ArrayLike, sampler_logprobs: ArrayLike, 
     """How well trainer and sampler agree on tokens of lag 0; both should be numerically the same policy.
 
     * `logprob_difference` (trainer - sampler), `logprob_abs_difference`, `logprob_square_difference`, in nats
-    * `probability_abs_difference`
+    * `probability_difference`, `probability_abs_difference`
     * `ratio_mean`, `ratio_second_moment`, `k1_kl`, `k3_kl` as in `ratio_diagnostics`, of trainer / sampler
-    * `train_probability`, `sampler_probability`, their `_square`s and `probability_product`: the moments from which
-      `summarize` makes `probability_correlation` (verl's `rollout_actor_probs_pearson_corr`)
+    * the moments from which `summarize` makes `probability_correlation` (verl's `rollout_actor_probs_pearson_corr`):
+      `train_probability` p, `sampler_probability` q, their `_complement`s 1 - p and 1 - q, and the products
+      `train_product` p (1 - p), `sampler_product` q (1 - q), `cross_product` p (1 - q)
     """
     train, sampler, mask = _arrays.inputs(
         mask, need_mask=True, train_logprobs=train_logprobs, sampler_logprobs=sampler_logprobs
@@ -74,10 +75,12 @@ def mismatch_statistics(train_logprobs: ArrayLike, sampler_logprobs: ArrayLike, 
     train = jax.lax.stop_gradient(train)
     difference = _arrays.log_ratio(train, sampler)
     p, q, ratio = jnp.exp(train), jnp.exp(sampler), jnp.exp(difference)
+    not_p, not_q = -jnp.expm1(train), -jnp.expm1(sampler)
     return {
         "logprob_difference": _mean(difference, mask),
         "logprob_abs_difference": _mean(jnp.abs(difference), mask),
         "logprob_square_difference": _mean(jnp.square(difference), mask),
+        "probability_difference": _mean(p - q, mask),
         "probability_abs_difference": _mean(jnp.abs(p - q), mask),
         "ratio_mean": _mean(ratio, mask),
         "ratio_second_moment": _mean(jnp.square(ratio), mask),
@@ -85,9 +88,11 @@ def mismatch_statistics(train_logprobs: ArrayLike, sampler_logprobs: ArrayLike, 
         "k3_kl": _mean(jnp.expm1(difference) - difference, mask),
         "train_probability": _mean(p, mask),
         "sampler_probability": _mean(q, mask),
-        "train_probability_square": _mean(p * p, mask),
-        "sampler_probability_square": _mean(q * q, mask),
-        "probability_product": _mean(p * q, mask),
+        "train_complement": _mean(not_p, mask),
+        "sampler_complement": _mean(not_q, mask),
+        "train_product": _mean(p * not_p, mask),
+        "sampler_product": _mean(q * not_q, mask),
+        "cross_product": _mean(p * not_q, mask),
     }
 
 
@@ -107,12 +112,23 @@ def clip_fractions(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    per_sequence: bool = False,
+    segment_ids: ArrayLike | None = None,
+    num_segments: int | None = None,
 ) -> tuple[Weighted, Weighted]:
-    """The fractions of trained tokens that PPO's clip holds: A < 0, r < 1 - clip_low, and A > 0, r > 1 + clip_high."""
+    """The fractions of trained tokens that PPO's clip holds: A < 0, r < 1 - clip_low, and A > 0, r > 1 + clip_high.
+
+    Args:
+      clip_low, clip_high: the loss's.
+      per_sequence: r is GSPO's, the geometric mean over the token's sequence; else the token's own.
+    """
     logprobs, old_logprobs, advantages, mask = _arrays.inputs(
-        mask, need_mask=True, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
+        mask, segment_ids, num_segments, True, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
-    ratio = jnp.exp(_arrays.log_ratio(jax.lax.stop_gradient(logprobs), old_logprobs))
+    log_ratio = _arrays.log_ratio(jax.lax.stop_gradient(logprobs), old_logprobs, _arrays.WIDE_LOG_RATIO)
+    if per_sequence:
+        log_ratio = _arrays.sequence_mean(log_ratio, mask, segment_ids, num_segments)
+    ratio = jnp.exp(jnp.clip(log_ratio, -_arrays.MAX_LOG_RATIO, _arrays.MAX_LOG_RATIO))
     low = (advantages < 0) & (ratio < 1.0 - clip_low)
     high = (advantages > 0) & (ratio > 1.0 + clip_high)
     return _mean(low, mask), _mean(high, mask)
@@ -157,21 +173,29 @@ def summarize(diagnostics: Mapping[str, Weighted]) -> dict[str, jax.Array]:
     """Divides every pair, and adds what only exists after all micro-batches have been added up:
 
     * `effective_sample_size`: (mean r)² / mean r², as a fraction of the tokens, where both moments are present
-    * `logprob_difference_std` and `probability_correlation`, from the moments of `mismatch_statistics`
+    * `ratio_std`, from `ratio_diagnostics`
+    * `logprob_difference_std` and `probability_correlation`, from `mismatch_statistics`
+
+    Variances are made of moments that are small where they are small: float32 would not tell E[r²] from E[r]² where all
+    ratios are near 1, nor E[p²] from E[p]² where a policy is sure of nearly every token.
     """
     means = {name: pair.mean() for name, pair in diagnostics.items()}
     if "ratio_mean" in means and "ratio_second_moment" in means:
         square = jnp.square(means["ratio_mean"])
         means["effective_sample_size"] = _divide(square, means["ratio_second_moment"])
+    if "chi_square" in means:
+        above = means["k3_kl"] - means["k1_kl"]  # the mean of r - 1
+        means["ratio_std"] = jnp.sqrt(jnp.maximum(means["chi_square"] - above * (2.0 + above), 0.0))
     if "logprob_square_difference" in means:
         variance = means["logprob_square_difference"] - jnp.square(means["logprob_difference"])
         means["logprob_difference_std"] = jnp.sqrt(jnp.maximum(variance, 0.0))
-    if "probability_product" in means:
+    if "cross_product" in means:
         p, q = means["train_probability"], means["sampler_probability"]
-        p_variance = jnp.maximum(means["train_probability_square"] - p * p, 0.0)
-        q_variance = jnp.maximum(means["sampler_probability_square"] - q * q, 0.0)
-        covariance = means["probability_product"] - p * q
-        means["probability_correlation"] = _divide(covariance, jnp.sqrt(p_variance * q_variance))
+        p_variance = jnp.maximum(p * means["train_complement"] - means["train_product"], 0.0)
+        q_variance = jnp.maximum(q * means["sampler_complement"] - means["sampler_product"], 0.0)
+        covariance = p * means["sampler_complement"] - means["cross_product"]
+        correlation = _divide(covariance, jnp.sqrt(p_variance) * jnp.sqrt(q_variance))
+        means["probability_correlation"] = jnp.clip(correlation, -1.0, 1.0)
     return means
 
 

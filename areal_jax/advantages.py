@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from areal_jax import _arrays
@@ -52,7 +53,7 @@ def group_relative(
 ) -> jax.Array:
     """Rewards relative to their group: (r - mean) / (std + eps) for GRPO, r - mean for Dr. GRPO; [N] -> [N].
 
-    Singletons and groups of equal rewards get exactly 0 (verl gives a singleton its raw reward).
+    Singletons and groups of equal rewards get exactly 0 (verl gives a singleton its raw reward), also with eps = 0.
 
     Args:
       scale: "std" (GRPO, arXiv 2402.03300) or "none" (Dr. GRPO, arXiv 2503.20783).
@@ -65,7 +66,7 @@ def group_relative(
     if scale == "none":
         return centred
     variance = groups.sum(jnp.square(centred)) / jnp.maximum(groups.count - ddof, 1.0)
-    return centred / (groups.of_row(_safe_sqrt(variance)) + eps)
+    return _divide(centred, groups.of_row(_safe_sqrt(variance)) + eps)
 
 
 def leave_one_out(rewards: ArrayLike, group_ids: ArrayLike, *, num_groups: int) -> jax.Array:
@@ -175,10 +176,10 @@ def masked_whiten(
     count = mask.sum(dtype=jnp.int32).astype(jnp.float32)
     mean = values.sum() / jnp.maximum(count, 1.0)
     smallest = jnp.min(jnp.where(mask, values, jnp.inf), initial=jnp.inf)
-    varied = smallest < jnp.max(jnp.where(mask, values, -jnp.inf), initial=-jnp.inf)
+    varied = smallest != jnp.max(jnp.where(mask, values, -jnp.inf), initial=-jnp.inf)  # a NaN is no equal value
     centred = jnp.where(mask & varied, values - mean, 0.0)  # exactly 0 without variation: rounding would be blown up
     variance = jnp.square(centred).sum() / jnp.maximum(count - ddof, 1.0)
-    white = centred * jax.lax.rsqrt(variance + eps)
+    white = _divide(centred, _safe_sqrt(variance + eps))
     return white if shift_mean else jnp.where(mask, white + mean, 0.0)
 
 
@@ -222,7 +223,7 @@ class _Groups:
         self.count = self.sum(self.valid.astype(jnp.float32))
         smallest = jax.ops.segment_min(jnp.where(self.valid, self.rewards, jnp.inf), self.ids, self.num)
         largest = jax.ops.segment_max(jnp.where(self.valid, self.rewards, -jnp.inf), self.ids, self.num)
-        self.varied = smallest < largest
+        self.varied = smallest != largest  # a NaN is no equal reward: it must be seen, not become an advantage of 0
 
     def sum(self, values: jax.Array) -> jax.Array:
         """[N], 0 at padding rows -> [num_groups]"""
@@ -239,16 +240,21 @@ class _Groups:
 
 def _safe_sqrt(x: jax.Array) -> jax.Array:
     """sqrt whose gradient at 0 is 0, not inf."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+    return jnp.where(x == 0, 0.0, jnp.sqrt(jnp.where(x == 0, 1.0, x)))
+
+
+def _divide(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale, and 0 where scale is 0."""
+    return jnp.where(scale == 0, 0.0, x / jnp.where(scale == 0, 1.0, scale))
 
 
 def _boundaries(mask: jax.Array, segment_ids: ArrayLike | None) -> tuple[jax.Array, jax.Array, bool]:
     """The mask without padding, and which places have no successor: the row's end, and before another segment."""
-    end = jnp.zeros_like(mask).at[..., -1].set(True)
+    length = mask.shape[-1]
+    end = jnp.broadcast_to(np.arange(length) == length - 1, mask.shape)
     if segment_ids is None:
         return mask, end, False
-    segment_ids = jnp.asarray(segment_ids)
-    _arrays.check_shape("segment_ids", segment_ids, mask.shape, "mask")
+    segment_ids = _arrays.checked_segment_ids(segment_ids, mask.shape, "mask")
     return mask & (segment_ids > 0), end | (segment_ids != jnp.roll(segment_ids, -1, axis=-1)), True
 
 

@@ -28,10 +28,18 @@ def test_group_relative_grpo_and_dr_grpo():
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e6 + 0.1])
 def test_equal_rewards_get_exactly_zero(reward):
     rewards, ids = np.full(7, reward, np.float32), np.zeros(7, int)
-    for scale in ("std", "none"):
-        result = advantages.group_relative(rewards, ids, num_groups=1, scale=scale)
+    for options in ({}, {"scale": "none"}, {"eps": 0.0}):
+        result = advantages.group_relative(rewards, ids, num_groups=1, **options)
         np.testing.assert_array_equal(result, 0.0)
-    np.testing.assert_array_equal(advantages.masked_whiten(rewards, np.ones(7)), 0.0)
+    for eps in (1e-8, 0.0):
+        np.testing.assert_array_equal(advantages.masked_whiten(rewards, np.ones(7), eps=eps), 0.0)
+
+
+def test_a_reward_that_is_no_number_is_seen_and_in_its_own_group_only():
+    rewards = np.where(np.arange(8) == 3, np.nan, REWARDS)  # of group 0
+    for function in (advantages.group_relative, advantages.leave_one_out, advantages.asymre):
+        np.testing.assert_array_equal(np.isnan(function(rewards, GROUPS, num_groups=5)), GROUPS == 0)
+    assert np.isnan(advantages.masked_whiten(rewards, np.ones(8))).all()
 
 
 def test_padding_rows_count_nowhere():
@@ -94,7 +102,7 @@ def test_gae_agrees_with_a_loop_and_packed_rows_with_separate_ones():
     for i in np.ndindex(2, 4):
         close(got.advantages[i], naive_gae(rewards[i], values[i], mask[i], 0.98, 0.9, bootstrap[i]), 1e-4, 1e-5)
 
-    ids = np.concatenate([np.full(10, 1), np.full(3, 2), np.full(14, 3), np.zeros(6)]).astype(int)
+    ids = np.repeat([1, 2, 3, 0], [12, 3, 12, 6])
     row = [x[0, 0] for x in (rewards, values, mask)]
     packed = gae(*row, discount=0.98, lambda_=0.9, bootstrap_value=0.5, segment_ids=ids)
     returns = discounted_returns(row[0], row[2], discount=0.9, segment_ids=ids)
@@ -113,6 +121,12 @@ def test_discounted_returns():
     close(advantages.discounted_returns(rewards, GAP_MASK), [9, 8, 0, 0, 8, 0])
 
 
+def test_rows_without_a_token_are_ordinary_input():
+    nothing = np.zeros((2, 0))
+    assert advantages.gae(nothing, nothing, nothing).returns.shape == (2, 0)
+    assert advantages.reinforce_plus_plus(nothing, nothing).shape == (2, 0)
+
+
 def test_masked_whiten():
     # 1, 2, 3: mean 2, variance 1 (ddof 1), 2/3 (ddof 0)
     values, mask = np.array([[1.0, 2], [np.nan, 3]]), np.array([[1, 1], [0, 1]])
@@ -125,10 +139,9 @@ def test_masked_whiten():
 def test_reinforce_plus_plus():
     # returns 3, 2 and 1 at the trained tokens -> 1, 0, -1
     rewards, mask = np.array([[1.0, 2], [1, 9]]), np.array([[1, 1], [1, 0]])
-    close(advantages.reinforce_plus_plus(rewards, mask), [[1, 0], [-1, 0]])
-    packed = advantages.reinforce_plus_plus(
-        rewards.reshape(-1), np.ones(4), segment_ids=np.array([1, 1, 2, 0])
-    )
+    reinforce_plus_plus = tiny.jit(advantages.reinforce_plus_plus)
+    close(reinforce_plus_plus(rewards, mask), [[1, 0], [-1, 0]])
+    packed = reinforce_plus_plus(rewards.reshape(-1), np.ones(4), segment_ids=np.array([1, 1, 2, 0]))
     close(packed, [1, 0, -1, 0])
 
 
@@ -203,6 +216,7 @@ ERRORS = {
         np.ones(6), np.ones(6), GAP_MASK, bootstrap_value=np.ones(2)
     ),
     "mask is None": lambda: advantages.masked_whiten(np.ones(3), None),
+    "segment_ids has dtype float": lambda: advantages.discounted_returns(*np.ones((2, 3)), segment_ids=np.ones(3)),
     r"expected \[N, T\] with N=8": lambda: advantages.reinforce_plus_plus_baseline(
         REWARDS, GROUPS, np.ones((3, 2)), num_groups=5
     ),

@@ -165,7 +165,9 @@ def test_ratio_diagnostics():
     for name, (total, count) in expected.items():
         close(got[name].sum, total, 1e-5)
         assert float(got[name].denominator) == count
-    close(corrections.summarize(got)["effective_sample_size"], r.mean() ** 2 / (r**2).mean(), 1e-5)
+    summary = corrections.summarize(got)
+    close(summary["effective_sample_size"], r.mean() ** 2 / (r**2).mean(), 1e-5)
+    close(summary["ratio_std"], r.std(), 1e-5)
     close(corrections.max_ratio(logprobs, other, mask), 4.0, 1e-5)
 
 
@@ -210,6 +212,21 @@ def test_mismatch_statistics_agree_with_numpy():
     close(got["probability_correlation"], np.corrcoef(p, q)[0, 1], 1e-4)
 
 
+@pytest.mark.parametrize("nll", [1.0, 1e-3])
+def test_spread_and_correlation_hold_where_policies_are_sure_and_nearly_equal(nll):
+    """Sums of squares lose this: a variance of 1e-6 beside a mean square of 1 is below float32's last digits."""
+    rng = np.random.default_rng(6)
+    sampler = -rng.exponential(nll, (8, 5000)).astype(np.float32)
+    train = np.minimum(sampler * rng.normal(1.0, 0.1, sampler.shape), 0).astype(np.float32)
+    pairs = corrections.mismatch_statistics(train, sampler, np.ones_like(train))
+    pairs |= corrections.ratio_diagnostics(train, sampler, np.ones_like(train))
+    got = corrections.summarize(pairs)
+    p, q = np.exp(train.astype(np.float64)), np.exp(sampler.astype(np.float64))
+    close(got["probability_correlation"], np.corrcoef(p.ravel(), q.ravel())[0, 1], 1e-3)
+    np.testing.assert_allclose(got["ratio_std"], (p / q).std(), rtol=1e-3)
+    np.testing.assert_allclose(got["probability_difference"], (p - q).mean(), rtol=1e-2)
+
+
 def test_masked_and_clip_fractions():
     keep, mask = np.array([1.0, 0.0, 0.0, 2.0]), np.array([1, 1, 0, 1])
     assert corrections.masked_fraction(keep, mask) == (1.0, 3.0)
@@ -218,6 +235,13 @@ def test_masked_and_clip_fractions():
     advantages = np.array([-1.0, 1.0, 1.0, 1.0])
     low, high = corrections.clip_fractions(logprobs, old, advantages, np.array([1, 1, 1, 0]))
     assert (low, high) == ((1.0, 3.0), (1.0, 3.0))
+    # GSPO's: .75 for the first sequence (a geometric mean), 1.5 for the second; tokens out of bounds clip nothing
+    logprobs = old + LOG([0.5, 1.125, 0.9, 2.5])
+    given = {"segment_ids": np.array([1, 1, 2, 2]), "num_segments": 2, "clip_low": 0.2, "clip_high": 0.45}
+    low, high = corrections.clip_fractions(logprobs, old, np.ones(4), np.ones(4), per_sequence=True, **given)
+    assert (low, high) == ((0.0, 4.0), (2.0, 4.0))
+    low, high = corrections.clip_fractions(logprobs, old, -np.ones(4), np.ones(4), per_sequence=True, **given)
+    assert (low, high) == ((2.0, 4.0), (0.0, 4.0))
 
 
 def test_nll_balance():

@@ -291,9 +291,12 @@ ERRORS = {
     r"old_logprobs has shape \(2, 4\), expected \(2, 3\), the shape of logprobs": lambda: losses.ppo_clip_loss(
         X, np.zeros((2, 4)), A
     ),
-    r"advantages has shape \(2,\), expected \(2, 3\).*broadcast a per-sequence advantage": lambda: (
+    r"advantages has shape \(2,\), expected \(2, 3\).*every token its sequence's advantage": lambda: (
         losses.reinforce_loss(X, np.ones(2))
     ),
+    r"advantages has shape \(2, 1\), .*broadcast_to": lambda: losses.reinforce_loss(X, np.ones((2, 1))),
+    "behavior_logprobs is None, expected an array": lambda: losses.cispo_loss(X, None, A),
+    "logprobs is None, expected an array": lambda: losses.reinforce_loss(None, A),
     r"mask has shape \(3,\), expected \(2, 3\)": lambda: losses.sapo_loss(X, X, A, np.ones(3)),
     "logprobs is a scalar": lambda: losses.reinforce_loss(1.0, 1.0),
     "mask is None": lambda: losses.topr_loss(X, X, A, None),

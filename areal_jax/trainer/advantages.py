@@ -66,7 +66,7 @@ class AdvantageEstimator:
         names = inspect.signature(function).parameters
         count = len(trajectories)
         padded = max(1, -(-count // self.samples)) * self.samples
-        groups = -(-max(1, len(np.unique(group_ids))) // self.groups) * self.groups
+        groups = -(-max(1, int(np.max(group_ids, initial=-1)) + 1) // self.groups) * self.groups
         rewards = np.zeros(padded, np.float32)
         rewards[:count] = [t.reward for t in trajectories]
         ids = np.full(padded, -1, np.int32)

@@ -30,6 +30,8 @@ def make_batch(
 ) -> TrainBatch:
     """Flattens groups into samples with advantages, and asserts the staleness bound.
 
+    Every trajectory is a member of its group with its own reward, also where one episode made several.
+
     Raises:
       StalenessError: a trained token's version is more than `max_staleness` behind `version`, or ahead of it.
     """
@@ -85,7 +87,7 @@ def describe(trajectories: Sequence[Trajectory], group_ids: np.ndarray, lag: np.
         "length/mean": float(lengths.mean()),
         "length/max": int(lengths.max()),
         "length/truncated": float(np.mean([t.finish_reason == "length" for t in trajectories])),
-        "advantage/abs_mean": float(np.mean([np.abs(a).mean() for a in values])),
+        "advantage/abs_mean": float(np.mean([_trained(np.abs(a), t).mean() for a, t in zip(values, trajectories)])),
         "staleness/mean": float(lag.mean()),
         "staleness/max": int(lag.max()),
         "staleness/min": int(lag.min()),
@@ -95,6 +97,11 @@ def describe(trajectories: Sequence[Trajectory], group_ids: np.ndarray, lag: np.
     for name in sorted({name for t in trajectories for name in t.metrics}):
         report[f"reward/{name}"] = float(np.mean([t.metrics[name] for t in trajectories if name in t.metrics]))
     return report
+
+
+def _trained(values: np.ndarray, trajectory: Trajectory) -> np.ndarray:
+    """The values of the trained tokens, of one for each token or one for all."""
+    return np.broadcast_to(values, trajectory.loss_mask.shape)[trajectory.loss_mask]
 
 
 def split(batch: TrainBatch, minibatches: int, seed: int) -> list[list[Sample]]:

@@ -13,8 +13,8 @@ class TrainerConfig:
     aggregate: str = "token_mean"  # of the tokens' losses; see docs/objectives.md
     correction: str = "none"  # extra engine-mismatch correction: "none", "tis", "icepop", ...
     correction_args: dict = dataclasses.field(default_factory=dict)
-    kl_coef: float = 0.0  # penalty towards the reference model (the checkpoint the run began with)
-    entropy_coef: float = 0.0
+    kl_coef: float = 0.0  # penalty (k3) towards the checkpoint the run began with, aggregated as the loss is
+    entropy_coef: float = 0.0  # bonus on the mean entropy of the tokens
     proximal: str = "recompute"  # "recompute", "loglinear" or "fused" (exact and free with one minibatch)
     minibatches: int = 1  # optimizer updates per training step
     packing: str = "dynamic"  # "dynamic" (tokens per micro-batch) or "fixed" (sequences per micro-batch)

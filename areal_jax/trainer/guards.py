@@ -56,16 +56,17 @@ class Guard:
 
     def _problem(self, report: dict[str, Any]) -> str:
         self.equal_steps = self.equal_steps + 1 if report.get("reward/equal_groups") == 1.0 else 0
-        if report.get("actor/skipped_updates", 0) > 0:
-            self.skipped += 1
+        if updates := int(report.get("actor/skipped_updates", 0)):
+            self.skipped += updates
             loss, norm = report.get("actor/loss", math.nan), report.get("actor/grad_norm", math.nan)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 why = "its loss or gradient is not finite"
             else:
                 why = "it is beyond trainer.grad_norm_limit, ratio_limit or mismatch_limit"
             ratio, mismatch = report.get("is/max", 0.0), report.get("mismatch/logprob_abs_diff_mean", 0.0)
+            what = "the update was" if updates == 1 else f"{updates} updates were"
             return (
-                f"the update was not applied: {why} (loss {loss:.3g}, gradient norm {norm:.3g}, "
+                f"{what} not applied: {why} (loss {loss:.3g}, gradient norm {norm:.3g}, "
                 f"largest importance weight {ratio:.3g}, mismatch {mismatch:.2g})"
             )
         if self.equal_rewards_limit and self.equal_steps >= self.equal_rewards_limit:

@@ -154,9 +154,10 @@ class Learner:
             proximal = [[run.logprobs(self.state.params, micro) for micro in micros] for micros in parts]
         if self.objective.kl_coef:
             reference = [[run.reference_logprobs(self.reference, micro) for micro in micros] for micros in parts]
-        sums = run.zero_metrics()
+        total = run.zero_metrics()
         for i, (part, micros) in enumerate(zip(packed, parts, strict=True)):
             keep = self._keep_tokens(part, proximal[i]) if self.objective.whole_batch else None
+            sums = run.zero_metrics()
             scalars = steps.scalars(part.num_tokens, part.num_sequences, version, measured=i == 0)
             for j, micro in enumerate(micros):
                 given = [
@@ -166,11 +167,11 @@ class Learner:
             if i == 0:
                 before_update()
             new_version = np.int32(version + (apply and i == len(parts) - 1))
-            self.state, self.gradients, sums = run.update(
-                self.state, self.gradients, sums, new_version, np.bool_(apply)
+            self.state, self.gradients, total = run.update(
+                self.state, self.gradients, sums, total, new_version, np.bool_(apply)
             )
         self.version += apply
-        return Pending(self.version, sums, packed, batch.report)
+        return Pending(self.version, total, packed, batch.report)
 
     def _keep_tokens(self, packed: Packed, proximal: list[jax.Array]) -> list[jax.Array]:
         """What a correction over the whole minibatch keeps; on arrays padded to a few sizes, so as to compile few."""

@@ -5,6 +5,8 @@ tokens sampled by version v itself (lag 0) both should be the same number: what 
 two programs, before any correction. Tokens with lag above 0 are kept apart: there, the policy has really moved.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +20,16 @@ Sums = dict[str, dict]  # {"mean": {name: Weighted}, "max": {name: float32 scala
 _NAMES = {
     "logprob_abs_difference": "logprob_abs_diff_mean",
     "logprob_difference_std": "logprob_diff_std",
+    "probability_difference": "prob_diff_mean",
     "probability_abs_difference": "prob_abs_diff_mean",
     "probability_correlation": "pearson",
     "k1_kl": "kl",
     "k3_kl": "k3_kl",
     "ratio_mean": "mean",
+    "ratio_std": "std",
     "effective_sample_size": "ess",
     "chi_square": "chi_square",
+    "masked_frac": "masked_frac",
 }
 OF_UPDATE = ("actor/grad_norm", "actor/update_norm", "actor/learning_rate", "actor/skipped_updates")
 PANELS = ("mismatch", "mismatch_stale", "is")
@@ -58,13 +63,12 @@ class Recorder:
         self.mean("actor/positive_nll", -logprobs, mask & (advantages > 0))
         self.mean("actor/negative_nll", -logprobs, mask & (advantages < 0))
 
-    def trust_region(self, logprobs, anchor, advantages, mask, clip_low: float | None, clip_high: float | None) -> None:
-        """KL from the anchor policy, and how many tokens the clip holds, on which side."""
+    def trust_region(self, logprobs, anchor, advantages, mask, clip: dict[str, Any]) -> None:
+        """KL from the anchor policy, and how many tokens the clip holds, on which side; `clip`: the keywords of
+        `corrections.clip_fractions`, empty for an objective without one."""
         self.mean("actor/ppo_kl", anchor - logprobs, mask)
-        if clip_low is not None and clip_high is not None:
-            low, high = corrections.clip_fractions(
-                jax.lax.stop_gradient(logprobs), anchor, advantages, mask, clip_low=clip_low, clip_high=clip_high
-            )
+        if clip:
+            low, high = corrections.clip_fractions(jax.lax.stop_gradient(logprobs), anchor, advantages, mask, **clip)
             self.sums["mean"] |= {"actor/clip_fraction_low": low, "actor/clip_fraction_high": high}
 
     def importance(self, trainer, behavior, mask, kept: jax.Array | None) -> None:
@@ -102,15 +106,12 @@ def finish(sums: Sums) -> dict[str, float]:
         means = summarize(inside)
         report |= {prefix + _NAMES[name]: value for name, value in means.items() if name in _NAMES}
         report |= {name: float(x) for name, x in sums["max"].items() if name.startswith(prefix)}
-        if panel == "is":
-            report["is/std"] = max(0.0, means["ratio_second_moment"] - means["ratio_mean"] ** 2) ** 0.5
-            if "masked_frac" in means:
-                report["is/masked_frac"] = means["masked_frac"]
-        else:
-            report[f"{panel}/prob_diff_mean"] = means["train_probability"] - means["sampler_probability"]
+        if panel != "is":
             report[f"{panel}/ppl_ratio"] = float(np.exp(np.clip(means["k1_kl"], -20, 20)))
             report[f"{panel}/tokens"] = float(inside["k1_kl"].denominator)
     report |= {name: float(pair.sum) / float(pair.denominator) for name, pair in counted.items()}
+    if "actor/skipped_updates" in counted:
+        report["actor/skipped_updates"] = float(counted["actor/skipped_updates"].sum)  # how many, of a step's several
     if "actor/clip_fraction_low" in report:
         report["actor/clip_fraction"] = report["actor/clip_fraction_low"] + report["actor/clip_fraction_high"]
     return report

@@ -122,22 +122,24 @@ class Objective:
             loss -= self.entropy_coef * self._reduce(entropy, mask, micro, scalars, "token_mean")
         if reference is not None:
             kl = losses.kl_penalty(logprobs, reference, mask, kind="k3")
-            loss += self.kl_coef * self._reduce(kl, mask, micro, scalars, "token_mean")
+            loss += self.kl_coef * self._reduce(kl, mask, micro, scalars, self.aggregate)  # inside the sums, as in GRPO
             record.mean("actor/ref_kl", kl, mask)
 
         record.total("actor/loss", loss)
         record.policy(logprobs, entropy, advantages, mask)
-        decoupled = "proximal_logprobs" in _parameters(OBJECTIVES[self.name])
-        trusted = anchor if decoupled else arrays["old_logprobs"]
-        clips = {"clip_low": None, "clip_high": None} | _defaults(OBJECTIVES[self.name]) | self.args
-        record.trust_region(logprobs, trusted, advantages, mask, clips["clip_low"], clips["clip_high"])
+        takes, args = _parameters(OBJECTIVES[self.name]), _defaults(OBJECTIVES[self.name]) | self.args
+        trusted = anchor if "proximal_logprobs" in takes else arrays["old_logprobs"]
+        clip = {name: args[name] for name in ("clip_low", "clip_high") if name in takes}
+        if clip and "segment_ids" in takes:  # the ratio is a sequence's
+            clip |= {"per_sequence": True, "segment_ids": micro["segment_ids"], "num_segments": self.num_segments}
+        record.trust_region(logprobs, trusted, advantages, mask, clip)
         before = current if proximal is None else proximal  # of the parameters before this training step, if measured
         measured = mask if proximal is not None else mask & scalars["measured"]
         lag = scalars["version"] - micro["versions"]
         record.mismatch(before, behavior, measured & (lag <= 0), measured & (lag > 0))
         importance = before if anchor is None else anchor
-        if decoupled and self.args.get("weight_cap") is not None:
-            capped = jnp.exp(importance - behavior) > self.args["weight_cap"]
+        if args.get("weight_cap") is not None and args["cap_mode"] == "mask":
+            capped = jnp.exp(importance - behavior) > args["weight_cap"]
             kept = ~capped if kept is None else kept & ~capped
         record.importance(importance, behavior, mask, kept)
         return loss, record.sums
@@ -227,15 +229,15 @@ def make(
             f"trainer.proximal='fused' is exact with one minibatch only, and trainer.minibatches={minibatches}: "
             "use proximal='recompute' or 'loglinear', or minibatches=1"
         )
-    decoupled = "proximal_logprobs" in _parameters(function)
-    if decoupled and kind == "weight":
+    if kind == "weight" and "behavior_logprobs" in _parameters(function):
         raise ObjectiveError(
-            f"trainer.correction={correction!r} would apply π_prox/π_behav twice: {name!r} already does. "
-            "Use its objective_args weight_cap, or a mask correction"
+            f"trainer.correction={correction!r} would weigh by the behaviour policy twice: {name!r} already does. "
+            "Use the bounds that its objective_args have, or a mask correction"
         )
     if kind == "whole_batch" and proximal != "recompute":
         raise ObjectiveError(f"trainer.correction={correction!r} sees the whole batch: it needs proximal='recompute'")
-    if not decoupled and kind != "whole_batch" and (correct is None or "train_old" not in _parameters(correct)):
+    anchored = any(n in _parameters(f) for f, n in ((function, "proximal_logprobs"), (correct, "train_old")) if f)
+    if not anchored and kind != "whole_batch":
         proximal = "none"
     made = Objective(
         name=name, args=args, correction=correction, correction_args=correction_args, aggregate=aggregate,

@@ -33,12 +33,18 @@ class Limits:
     ratio: float = float("inf")  # of any token: π_prox / π_behav
     mismatch: float = float("inf")  # mean |Δ log-prob| of engine and trainer over tokens of lag 0
 
-    def good(self, norm: jax.Array, sums: measure.Sums) -> jax.Array:
-        """Whether an update with this gradient norm and these metrics may be applied; a bool scalar."""
-        mean = sums["mean"]
-        good = jnp.isfinite(norm) & jnp.isfinite(mean["actor/loss"].sum) & (norm <= self.grad_norm)
+    def good(self, norm: jax.Array, sums: measure.Sums, before: measure.Sums) -> jax.Array:
+        """Whether an update with this gradient norm may be applied; a bool scalar.
+
+        `sums` are the minibatch's own metrics, so that a bad one does not condemn the next, and `before` those of the
+        step's minibatches before it: the engine's mismatch is a matter of them all, and often measured on the first.
+        """
+        good = jnp.isfinite(norm) & jnp.isfinite(sums["mean"]["actor/loss"].sum) & (norm <= self.grad_norm)
         good &= sums["max"]["is/max"] <= self.ratio
-        return good & (mean["mismatch/logprob_abs_difference"].mean() <= self.mismatch)
+        if self.mismatch < float("inf"):
+            mismatch = [x["mean"]["mismatch/logprob_abs_difference"] for x in (before, sums)]
+            good &= sum(mismatch).mean() <= self.mismatch
+        return good
 
 
 def scalars(num_tokens: int, num_sequences: int, version: int, measured: bool = True) -> dict[str, np.generic]:
@@ -119,7 +125,7 @@ class Steps:
         return self._zeros(params)
 
     def zero_metrics(self) -> measure.Sums:
-        """Metrics of nothing; where a step begins."""
+        """Metrics of nothing; where a minibatch begins."""
         return self._no_sums()
 
     # -- the three steps -------------------------------------------------------------------------------------------
@@ -164,15 +170,22 @@ class Steps:
         return gradients, measure.add(sums, added)
 
     def _update(
-        self, train_state: TrainState, gradients: Tree, sums: measure.Sums, new_version: jax.Array, apply: jax.Array
+        self,
+        train_state: TrainState,
+        gradients: Tree,
+        sums: measure.Sums,
+        before: measure.Sums,
+        new_version: jax.Array,
+        apply: jax.Array,
     ) -> tuple[TrainState, Tree, measure.Sums]:
-        """Clips and applies one optimizer update; hands back an emptied accumulator and the metrics with the norms.
+        """Clips and applies one optimizer update; hands back an emptied accumulator and all metrics with the norms.
 
-        What is beyond the limits leaves parameters and moments untouched and is counted as skipped. `apply=False` does
-        the same without counting (used to compile before there is data).
+        `sums` are of this minibatch, `before` of the step's minibatches before it. What is beyond the limits leaves
+        parameters and moments untouched and is counted as skipped; `apply=False` does the same without counting (used
+        to compile before there is data).
         """
         norm = optax.tree.norm(gradients)
-        good = self.limits.good(norm, sums)
+        good = self.limits.good(norm, sums, before)
         scale = jnp.minimum(1.0, self.optimizer.max_grad_norm / jnp.maximum(norm, 1e-20))
         clipped = jax.tree.map(lambda g: jnp.where(good, g * scale, 0.0), gradients)
         trained, frozen = state.partition(train_state.params, self.optimizer.trained)
@@ -192,7 +205,8 @@ class Steps:
             "actor/skipped_updates": 1.0 - good.astype(jnp.float32),
         }
         added = {name: Weighted(jnp.where(apply, x, 0.0).astype(jnp.float32), count) for name, x in measured.items()}
-        return new_state, jax.tree.map(jnp.zeros_like, gradients), measure.add(sums, {"mean": added, "max": {}})
+        sums = measure.add(before, measure.add(sums, {"mean": added, "max": {}}))
+        return new_state, jax.tree.map(jnp.zeros_like, gradients), sums
 
 
 def _rows(micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

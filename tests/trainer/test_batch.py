@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 
@@ -45,6 +46,17 @@ def test_every_estimator_gives_each_sample_its_own(name):
         return np.mean([np.broadcast_to(s.advantages, len(s.tokens))[s.mask].mean() for s in samples])
 
     assert mean(better) > mean(worse)
+    of_tokens = [np.abs(np.broadcast_to(s.advantages, len(s.tokens))[s.mask]).mean() for s in made.samples]
+    assert made.report["advantage/abs_mean"] == pytest.approx(np.mean(of_tokens), rel=1e-5)
+
+
+def test_a_group_without_a_trained_token_leaves_the_others_theirs():
+    groups = toy.make_groups(np.random.default_rng(5), groups=3)
+    expected = batch.make_batch(groups, 0, estimator(groups=3)).samples
+    nothing = toy.make_groups(np.random.default_rng(6), groups=1)[0]
+    nothing.samples[:] = [[msgspec.structs.replace(t[0], loss_mask=t[0].loss_mask & False)] for t in nothing.samples]
+    made = batch.make_batch([groups[0], nothing, *groups[1:]], 0, estimator(groups=3)).samples
+    assert [s.advantages for s in made] == [s.advantages for s in expected] and any(s.advantages for s in made[-4:])
 
 
 def test_a_batch_that_is_too_old_or_from_the_future_is_refused():
@@ -86,7 +98,8 @@ def test_where_there_are_fewer_groups_than_minibatches_none_is_empty():
             "objective_args clip: 'decoupled_ppo' has no such argument; it takes clip_low",
         ),
         ({"objective": "aipo"}, "objective_args lacks ratio_max, which 'aipo' requires"),
-        ({"correction": "tis"}, "would apply π_prox/π_behav twice"),
+        ({"correction": "tis"}, "would weigh by the behaviour policy twice: 'decoupled_ppo' already does"),
+        ({"objective": "cispo", "correction": "icepop"}, "would weigh by the behaviour policy twice: 'cispo'"),
         ({"correction": "m2po", "proximal": "fused"}, "sees the whole batch: it needs proximal='recompute'"),
         ({"correction_args": {"cap": 2.0}}, "correction_args is set but trainer.correction is 'none'"),
         ({"objective_args": {"clip_high": "0.2"}}, r"objective_args=\{'clip_high': '0.2'\} cannot be computed with: "),

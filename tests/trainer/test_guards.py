@@ -11,15 +11,19 @@ from areal_jax._aggregate import Weighted
 from areal_jax.trainer import guards, packing, steps
 
 
-def good(limits=None, *, norm=1.0, loss=0.5, ratio=1.5, mismatch=0.01):
-    sums = {
+def minibatch(loss=0.5, ratio=1.5, mismatch=0.01, tokens=10):
+    return {
         "mean": {
             "actor/loss": Weighted(jnp.float32(loss), jnp.float32(1.0)),
-            "mismatch/logprob_abs_difference": Weighted(jnp.float32(10 * mismatch), jnp.float32(10.0)),
+            "mismatch/logprob_abs_difference": Weighted(jnp.float32(tokens * mismatch), jnp.float32(tokens)),
         },
         "max": {"is/max": jnp.float32(ratio)},
     }
-    return bool((limits or steps.Limits()).good(jnp.float32(norm), sums))
+
+
+def good(limits=None, *, norm=1.0, before=None, **measured):
+    sums, before = minibatch(**measured), before or minibatch(tokens=0)
+    return bool((limits or steps.Limits()).good(jnp.float32(norm), sums, before))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -33,6 +37,13 @@ def test_each_limit_holds_at_its_own_measure_and_only_if_set(limit, name):
     limits = steps.Limits(**{limit: 2.0})
     assert good(limits, **{name: 1.99}) and not good(limits, **{name: 2.01})
     assert good(**{name: 1e6})
+
+
+def test_a_bad_minibatch_condemns_the_next_by_the_engines_mismatch_alone():
+    bad = minibatch(loss=math.nan, ratio=1e6, mismatch=1.0)
+    assert good(before=bad) and good(steps.Limits(ratio=2.0), before=bad)
+    assert not good(steps.Limits(mismatch=0.5), before=bad, tokens=0)  # only the first one's tokens were measured
+    assert good(steps.Limits(mismatch=0.5), before=bad, tokens=100)
 
 
 BAD = {"actor/skipped_updates": 1.0, "actor/loss": 0.3, "actor/grad_norm": 1e4, "is/max": 70.0}
@@ -50,7 +61,8 @@ def test_a_skipped_update_is_named_counted_and_its_batch_is_kept_for_its_owner(t
     said = [guard.judge(version, BAD, [packed()]) for version in (4, 5, 6)]
     assert "gradient norm 1e+04" in said[0] and "largest importance weight 70" in said[0]
     assert "beyond trainer.grad_norm_limit, ratio_limit or mismatch_limit" in said[0]
-    assert guard.skipped == 3 and guard.judge(7, {"actor/skipped_updates": 0.0}, []) == ""
+    assert "2 updates were not applied" in guard.judge(7, BAD | {"actor/skipped_updates": 2.0}, [])
+    assert guard.skipped == 5 and guard.judge(7, {"actor/skipped_updates": 0.0}, []) == ""
     folder = tmp_path / "postmortem"
     assert sorted(path.name for path in folder.glob("*.npz")) == ["version-4.npz", "version-5.npz"], "no more than keep"
     np.testing.assert_array_equal(np.load(folder / "version-4.npz")["0/tokens"], packed().arrays["tokens"])

@@ -9,7 +9,9 @@ import pytest
 
 from areal_jax import models
 from areal_jax.models import logprobs
-from areal_jax.trainer import objectives, packing, steps
+from areal_jax.trainer import measure, objectives, packing, steps
+from areal_jax.trainer.batch import split
+from tests.models import tiny
 from tests.trainer import toy
 
 ALL = sorted(objectives.OBJECTIVES)
@@ -119,57 +121,88 @@ def test_what_looks_at_whole_sequences_is_not_token_level():
     assert level("ppo_clip", aggregate="seq_mean_token_sum", correction="tis")
 
 
-def plain_update(model, params, batch, config):
-    """One decoupled-PPO step without packing, jit or optax: a loop over sequences, full logits, AdamW by hand."""
+def plain_step(model, params, reference, batch, config):
+    """One training step without packing, chunks or optax: a loop over sequences, full logits, AdamW by hand.
 
-    def log_probs(params, tokens):
-        rows = jnp.asarray(tokens, jnp.int32)[None]
-        positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+    Decoupled PPO (cap 1.5, clip 0.2 and 0.28) in GRPO's mean over sequences, with its penalty inside, and an entropy
+    bonus over tokens. Returns the parameters, and the loss and the gradient's norm of every minibatch.
+    """
+
+    def scores(params, sample):
+        rows = jnp.asarray(sample.tokens, jnp.int32)[None]
+        positions = jnp.arange(rows.size, dtype=jnp.int32)[None]
         logits = model.logits(params, rows, positions, jnp.ones_like(rows))[0, :-1]
         normalized = logits - jnp.log(jnp.sum(jnp.exp(logits), axis=-1, keepdims=True))
-        return normalized[jnp.arange(len(tokens) - 1), rows[0, 1:]]
+        entropy = -jnp.sum(jnp.exp(normalized) * normalized, axis=-1)
+        return normalized[jnp.arange(rows.size - 1), rows[0, 1:]], entropy
 
-    def loss(params):
-        total, tokens = 0.0, 0
-        for s in batch.samples:
-            new = log_probs(params, s.tokens)
-            old = jax.lax.stop_gradient(new)
-            weight = jnp.exp(old - s.behavior_logprobs[1:])
-            ratio = jnp.exp(new - old)
-            surrogate = jnp.minimum(ratio * s.advantages, jnp.clip(ratio, 0.8, 1.2) * s.advantages)
-            total -= jnp.sum(weight * surrogate * s.mask[1:].astype(np.float32))
-            tokens += s.mask[1:].sum()
-        return total / np.float32(tokens)
+    both = tiny.jit(lambda *trees: [scores(tree, s)[0] for tree in trees for s in batch.samples])(params, reference)
+    count = len(batch.samples)
+    fixed = {id(s): (np.asarray(both[i]), np.asarray(both[count + i])) for i, s in enumerate(batch.samples)}
 
-    grads = jax.grad(loss)(params)
-    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
-    scale = min(1.0, config.max_grad_norm / norm)
+    def loss(params, samples):
+        total = 0.0
+        for s in samples:
+            (proximal, referred), (new, entropy) = fixed[id(s)], scores(params, s)
+            weight = np.exp(proximal - s.behavior_logprobs[1:])
+            ratio, distance = jnp.exp(new - proximal), referred - new
+            surrogate = jnp.minimum(ratio * s.advantages, jnp.clip(ratio, 0.8, 1.28) * s.advantages)
+            terms = -np.where(weight > 1.5, 0, weight) * surrogate
+            terms += config.kl_coef * (jnp.exp(distance) - distance - 1)
+            mask = s.mask[1:].astype(np.float32)
+            total += jnp.sum(terms * mask) / np.float32(mask.sum() * len(samples))
+            total -= config.entropy_coef * jnp.sum(entropy * mask) / np.float32(sum(x.mask[1:].sum() for x in samples))
+        return total
 
-    def adamw(path, p, g):
-        m = (1 - config.beta1) * g * scale
-        v = (1 - config.beta2) * (g * scale) ** 2
-        step = (m / (1 - config.beta1)) / (jnp.sqrt(v / (1 - config.beta2)) + config.epsilon)
-        name = str(path[-1])
-        if "norm" not in name and "bias" not in name:
+    moments = [jax.tree.map(jnp.zeros_like, params)] * 2
+    values, norms = [], []
+    for n, part in enumerate(split(batch, config.minibatches, config.seed), 1):
+        value, grads = tiny.jit(jax.value_and_grad(lambda params, part=part: loss(params, part)))(params)
+        values.append(float(value))
+        norms.append(np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads))))
+        grads = jax.tree.map(lambda g: g * min(1.0, config.max_grad_norm / norms[-1]), grads)
+        params, moments = adamw(params, grads, moments, n, config)
+    return params, values, norms
+
+
+def adamw(params, grads, moments, n, config):
+    """The n-th update, during warm-up: (parameters, moments)."""
+    b1, b2 = config.beta1, config.beta2
+    first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, moments[0], grads)
+    second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, moments[1], grads)
+    rate = config.learning_rate * n / (config.warmup_steps * config.minibatches)
+
+    def updated(path, p, m, v):
+        step = m / (1 - b1**n) / (jnp.sqrt(v / (1 - b2**n)) + config.epsilon)
+        if "norm" not in str(path[-1]) and "bias" not in str(path[-1]):
             step = step + config.weight_decay * p
-        return p - config.learning_rate * step
+        return p - rate * step
 
-    return jax.tree_util.tree_map_with_path(adamw, params, grads), norm
+    return jax.tree_util.tree_map_with_path(updated, params, first, second), [first, second]
 
 
 @pytest.mark.slow
-def test_an_update_equals_a_plain_implementation(packed_learner):
-    config = toy.settings(rows=4, weight_decay=0.1, max_grad_norm=0.5)
+def test_a_step_equals_a_plain_implementation():
+    config = toy.settings(
+        rows=4, minibatches=2, proximal="recompute", objective_args={"weight_cap": 1.5, "clip_high": 0.28}, kl_coef=0.3,
+        entropy_coef=0.05, aggregate="seq_mean_token_mean", weight_decay=0.1, max_grad_norm=0.5, learning_rate=1e-2,
+        warmup_steps=1,
+    )  # fmt: skip
     the_learner = toy.make_learner(config, layers=1)
-    few = toy.on_policy(toy.random_batch(11, groups=2, samples=2, lengths=(12, 13)), the_learner, noise=0.2)
+    few = toy.on_policy(toy.random_batch(11, groups=2, samples=2, lengths=(12, 13)), the_learner, noise=0.4)
+    uneven = [dataclasses.replace(s, mask=s.mask & (np.arange(12) < 6 + 2 * i)) for i, s in enumerate(few.samples)]
+    few = dataclasses.replace(few, samples=uneven)
     params = jax.tree.map(jnp.copy, the_learner.state.params)
-    expected, norm = plain_update(the_learner.model, params, few, config)
+    the_learner.reference = jax.tree.map(lambda x: 1.05 * x, params)
+    expected, values, norms = plain_step(the_learner.model, params, the_learner.reference, few, config)
     report = the_learner.step(few).report()
-    assert report["actor/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert report["actor/loss"] == pytest.approx(np.mean(values), rel=1e-4)
+    assert report["actor/grad_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
+    assert 0 < report["is/masked_frac"] < 0.5 and abs(report["actor/ppo_kl"]) > 1e-5
     for want, got, before in zip(
         jax.tree.leaves(expected), jax.tree.leaves(the_learner.state.params), jax.tree.leaves(params), strict=True
     ):
-        np.testing.assert_allclose(got - before, want - before, rtol=2e-3, atol=2e-6)
+        np.testing.assert_allclose(got - before, want - before, rtol=2e-3, atol=4e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -192,6 +225,45 @@ def test_every_objective_and_its_gradient_are_finite(name):
     assert np.isfinite(loss)
     assert np.isfinite(grad).all() and np.abs(grad).max() > 0
     assert not np.asarray(grad)[~micro["mask"]].any()
+
+
+def hand_made(name, args=None, reference=(1, 1, 1, 1), **options):
+    """(loss, report) of sequences of three tokens and of one, A = 1, ratios to behaviour 2, 1/2, 3 and 3, repeated and
+    padded to the shapes of the test above, which compiled them."""
+    made = objectives.make(name, args, proximal="fused", num_segments=4, **options)
+
+    def rows(values, dtype=np.float32):
+        return np.tile(np.array([*values, *[0] * 8], dtype), (3, 1))
+
+    behavior, mask = rows([-5] * 8), rows([1] * 8, bool)
+    micro = {"mask": mask, "behavior_logprobs": behavior, "advantages": rows([1] * 8)}
+    micro |= {"versions": rows([3] * 8, np.int32), "segment_ids": rows([1, 1, 1, 2, 3, 3, 3, 4], np.int32)}
+    current = jnp.asarray(behavior + rows(np.log([2, 0.5, 3, 3, 2, 0.5, 3, 3])))
+    reference = current + rows(np.log([*reference, *reference])) if made.kl_coef else None
+    loss, sums = made.loss(current, jnp.ones_like(current), micro, steps.scalars(24, 12, 3), None, reference, None)
+    return float(loss), measure.finish(jax.device_get(sums))
+
+
+def test_what_the_clip_and_the_cap_are_said_to_hold_is_what_they_hold():
+    def held(*given):
+        return hand_made(*given)[1]["actor/clip_fraction"]
+
+    assert held("ppo_clip") == 0.75  # the tokens of 2, 3 and 3
+    assert held("ppo_clip", {"clip_high": 1.5}) == 0.5
+    assert held("gspo", {"clip_high": 0.5}) == 0.25  # the geometric means are 3^(1/3) = 1.44, and 3
+    for mode, share in (("mask", 0.5), ("clamp", None)):  # what is clamped is not left out
+        report = hand_made("decoupled_ppo", {"weight_cap": 2.5, "cap_mode": mode})[1]
+        assert report.get("is/masked_frac") == share and report["is/max"] == pytest.approx(3)
+
+
+@pytest.mark.parametrize(("aggregate", "share"), [("token_mean", 1 / 4), ("seq_mean_token_mean", 1 / 3 / 2)])
+def test_the_penalty_to_the_reference_is_aggregated_as_the_loss_is(aggregate, share):
+    """As in GRPO, where it stands inside the mean over a response's tokens."""
+    # k3 = 2 - 1 - log 2 at one token of the longer sequence
+    with_it, report = hand_made("reinforce", reference=(2, 1, 1, 1), kl_coef=1.0, aggregate=aggregate)
+    assert report["actor/ref_kl"] == pytest.approx((1 - np.log(2)) / 4, rel=1e-5)
+    without = hand_made("reinforce", aggregate=aggregate)[0]
+    assert with_it - without == pytest.approx((1 - np.log(2)) * share, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -275,6 +347,15 @@ def test_a_bad_update_is_skipped_and_counted(packed_learner):
         np.testing.assert_array_equal(a, b)
     assert the_learner.version == int(the_learner.state.version) == 1  # the batch is consumed all the same
     assert the_learner.step(dataclasses.replace(good, version=1)).report()["actor/skipped_updates"] == 0.0
+    applied = [np.asarray(x) for x in jax.tree.leaves(the_learner.state.params)]
+
+    # As one step's minibatches: a bad one does not condemn the next.
+    the_learner = toy.renew(packed_learner)
+    minibatches = [the_learner._pack(b.samples) for b in (bad, bad, good)]
+    report = the_learner._run(bad, minibatches, lambda: None, apply=True).report()
+    assert report["actor/skipped_updates"] == 2.0
+    for a, b in zip(applied, jax.tree.leaves(the_learner.state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
