@@ -12,6 +12,7 @@ import sys
 
 from areal_jax import config as configs
 from areal_jax.data.config import DataConfig
+from areal_jax.data.prompts import load_tokenizer
 from areal_jax.exits import WRONG_SETTING
 from areal_jax.metrics.clock import Clock, trace_path
 from areal_jax.rewards.config import RewardsConfig
@@ -31,9 +32,7 @@ async def serve(workdir: str, index: int) -> int:
     if rollout.exact == "sync" and values["controller"]["max_staleness"] == 0:
         rollout = dataclasses.replace(rollout, exact="always")
     rewards = configs.section(RewardsConfig, values["rewards"])
-    from transformers import AutoTokenizer  # takes seconds: not before the settings are known to be good
-
-    tokenizer = AutoTokenizer.from_pretrained(values["model"])
+    tokenizer = load_tokenizer(values["model"])
     name = f"rollout-{index}"
     sampling, eval_sampling = samplings(rollout, values["model"], tokenizer)
     settings = WorkerSettings(
