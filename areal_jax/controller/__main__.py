@@ -22,7 +22,7 @@ from areal_jax.controller.service import Service
 from areal_jax.controller.snapshot import StateError
 from areal_jax.data.prompts import load_prompts, load_tokenizer
 from areal_jax.data.readers import DataError, Dataset
-from areal_jax.disk import DiskFull, insist, release
+from areal_jax.disk import DiskFull, insist, release, write_whole
 from areal_jax.exits import CANNOT_GO_ON, WRONG_SETTING
 from areal_jax.rewards.loading import record_check
 from areal_jax.rewards.outcome import VerifierError
@@ -78,9 +78,7 @@ def next_incarnation(workdir: Path) -> int:
     """How many controllers this run has had before; counts this one."""
     path = workdir / "controller.incarnation"
     count = int(path.read_text()) if path.exists() else 0
-    draft = path.with_suffix(".new")
-    draft.write_text(str(count + 1))
-    draft.replace(path)
+    write_whole(path, str(count + 1))
     return count
 
 
