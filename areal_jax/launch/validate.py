@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from areal_jax.config import ConfigError, one_line, resolve, section
+from areal_jax.data.formats import BadRecord
 from areal_jax.data.prompts import load_prompts, load_tokenizer
-from areal_jax.data.readers import DataError
+from areal_jax.data.readers import DataError, Dataset
 from areal_jax.launch.fit import check_memory, gpu_memory
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.transport.endpoints import split_address
@@ -333,7 +334,7 @@ def _check_weights(folder: str) -> None:
 
 def check_data(config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None) -> None:
     """Both data sets can be read and judged, and every prompt fits the context (or is to be skipped, which is told)."""
-    from areal_jax.rewards.loading import record_check
+    from areal_jax.rewards.loading import ours, record_check
 
     batch = config["controller"]["batch_size"]
     tokenizer, check = load_tokenizer(config["model"]), record_check(config)
@@ -344,10 +345,29 @@ def check_data(config: Mapping[str, Any], tell: Callable[[str], None] = lambda l
             kept = load_prompts(key, config, tokenizer, check=check, tell=tell)
         except DataError as error:
             raise ConfigError(str(error)) from None
+        if not ours(config):
+            _tell_of_unjudgeable(key, kept, config, tell)
         if key == "train" and config["controller"]["epochs"] and len(kept) < batch:
             raise ConfigError(
                 f"data.train: {len(kept)} prompts are fewer than one batch (controller.batch_size={batch})"
             )
+
+
+def _tell_of_unjudgeable(key: str, dataset: Dataset, config: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+    """With a workflow of the user's own it is no error if the verifiers cannot judge by a record, but worth a word."""
+    from areal_jax.rewards.loading import record_check
+
+    check, found = record_check(config, any_workflow=True), []
+    for index, record in enumerate(dataset):
+        try:
+            check(record)
+        except BadRecord as error:
+            found.append(f"{dataset.place(index)}: {error}")
+    if found:
+        tell(
+            f"data.{key}: the verifiers cannot judge by {len(found):,} of {len(dataset):,} records, unless "
+            f"{config['rollout']['workflow']} gives them others; the first: {one_line(found[0])}"
+        )
 
 
 def check_installed(config: Mapping[str, Any]) -> None:

@@ -66,7 +66,9 @@ class OwnWorkflow:
 def test_a_workflow_of_ones_own_may_give_the_verifiers_another_record(config, tmp_path):
     write(config, tmp_path, {"prompt": "p"})
     config.rollout.workflow = f"{__name__}:OwnWorkflow"
-    validate.validate(config)
+    told = []
+    validate.validate(config, told.append)
+    assert len(told) == 1 and "cannot judge by 1 of 1 records, unless" in told[0] and "train.jsonl:1" in told[0]
 
 
 def test_what_is_skipped_is_the_same_for_launcher_and_controller_and_counted(config, tmp_path, capsys, caplog):
