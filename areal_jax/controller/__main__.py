@@ -104,6 +104,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m areal_jax.controller", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="the run's folder, with its config.json")
     workdir = parser.parse_args().workdir
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s controller %(levelname)s %(message)s")
     try:
         config = configs.load(workdir)
         limit, wait = config["controller"]["disk_limit"], partial(still_starting, workdir, "controller")
