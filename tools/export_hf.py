@@ -25,7 +25,9 @@ from areal_jax.trainer.checkpoint import CheckpointError, read_memory
 
 def read_params(folder: str, model: models.Model, version: int | None) -> tuple[int, models.Params]:
     """The parameters of one checkpoint, without the optimizer's moments: `(version, params)`."""
-    with ocp.CheckpointManager(folder, item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "controller": ocp.StandardCheckpointHandler()}
+    handlers["memory"] = ocp.JsonCheckpointHandler()  # not read, but orbax warns of what it could not read
+    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         version = manager.latest_step() if version is None else version
         if version not in manager.all_steps():
             raise CheckpointError(f"no checkpoint of version {version} in {folder}; there are {manager.all_steps()}")
