@@ -118,13 +118,14 @@ def fitting(
             kept.append(index)
         else:
             too_long.append(f"{dataset.place(index)}: its prompt has {length} tokens, {limit} fit")
+    room = "(rollout.max_length - rollout.max_new_tokens, data.max_prompt_tokens)"
     if too_long and config.too_long == "error":
         raise DataError(
-            f"{len(too_long)} of {len(dataset)} prompts are too long; the first: {too_long[0]} (rollout.max_length - "
-            f"rollout.max_new_tokens, data.max_prompt_tokens); data.too_long='skip' leaves them out"
+            f"{len(too_long)} of {len(dataset)} prompts are too long; the first: {too_long[0]} {room}; "
+            f"data.too_long='skip' leaves them out"
         )
     if not kept:
-        raise DataError(f"all {len(dataset)} prompts of '{dataset.name}' are longer than {limit} tokens")
+        raise DataError(f"all {len(dataset)} prompts of '{dataset.name}' are longer than {limit} tokens {room}")
     return dataset.only(kept, too_long)
 
 

@@ -60,7 +60,7 @@ class Dataset(Sequence):
 
     def first(self, count: int) -> Dataset:
         """The first `count` records; all of them with 0."""
-        return self.only(range(min(count or len(self), len(self))))
+        return self.only(range(min(count, len(self)) if count > 0 else len(self)))
 
     @property
     def left_out(self) -> str:
