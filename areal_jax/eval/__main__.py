@@ -172,6 +172,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"'{out}' holds the results of an evaluation; give another folder with --out=DIR")
     if not os.path.isdir(config["model"]):
         raise ConfigError(f"the model folder '{config['model']}' does not exist; give --model=DIR")
+    validate.check_values(config)
     tokenizer = load_tokenizer(config["model"])
     free = not {"run", "config"} & own.keys() and not any("rollout.max_length" in word for word in arguments)
     if free:  # as long as it has to be

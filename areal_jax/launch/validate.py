@@ -98,6 +98,15 @@ def validate(
 
 def check_settings(config: Mapping[str, Any]) -> None:
     """Ranges, names and combinations; looks at nothing but `config` (as from `resolve`)."""
+    check_values(config)
+    _check_lengths(config["rollout"], config["trainer"], config["controller"])
+    _check_data_settings(config)
+    _check_objective(config)
+    _check_mesh(config["trainer"])
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """What `check_settings` asks of an evaluation, too: that has no trainer, and lengths of its own."""
     for key, choices in _CHOICES.items():
         if _get(config, key) not in choices:
             raise ConfigError(f"{key}={_get(config, key)!r} is unknown; it must be one of {', '.join(choices)}")
@@ -113,11 +122,13 @@ def check_settings(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={_get(config, key)!r} must be less than 1")
     if not -(2**63) <= config["seed"] < 2**63:
         raise ConfigError(f"seed={config['seed']} must be a number of 64 bits")
-    _check_lengths(config["rollout"], config["trainer"], config["controller"])
-    _check_data_settings(config)
+    samples = config["controller"]["eval_samples_per_prompt"]
+    if samples > 1 and config["rollout"]["eval_temperature"] == 0:
+        raise ConfigError(
+            f"controller.eval_samples_per_prompt={samples} with rollout.eval_temperature=0 (greedy) asks for the same "
+            f"answer {samples} times; set a temperature, or 1 sample"
+        )
     _check_rewards_settings(config["rewards"])
-    _check_objective(config)
-    _check_mesh(config["trainer"])
 
 
 def _check_lengths(rollout: dict, trainer: dict, controller: dict) -> None:

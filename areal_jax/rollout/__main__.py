@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--index", type=int, default=0, help="which of the rollout workers this is")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s rollout %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every kind of device that is not there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         sys.exit(asyncio.run(serve(args.workdir, args.index)))

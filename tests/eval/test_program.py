@@ -49,6 +49,9 @@ def test_the_shipped_checkpoint_is_evaluated(tmp_path, capsys):
         ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--ks=2"], "between 1 and --samples=1"),
         ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--ks=a"], "write whole numbers"),
         ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--verifier=no.such:f"], "does not import"),
+        ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--samples=0"], "must be at least 1"),
+        ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--temperature=-1"], "must be at least 0"),
+        ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--samples=4"], "the same answer 4 times"),
         (["--run=/nowhere"], "does not exist"),
     ],
 )
