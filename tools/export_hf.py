@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
             raise CheckpointError(f"{args.run!r} holds no checkpoints/")
         config = read_memory(folder)["config"]
         source, rank = args.source or config["model"], config["trainer"].get("lora_rank", 0)
+        if not os.path.isdir(source):
+            raise CheckpointError(f"there is no folder {source!r}, the model that the run started with: give --source")
         lora = models.Lora(rank) if rank else None
         model = models.Model(models.ModelConfig.from_hf(source), lora=lora)
         version, params = read_params(folder, model, args.version)
