@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_type_hints
 
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 
 from areal_jax.controller.config import ControllerConfig
 from areal_jax.data.config import DataConfig
+from areal_jax.disk import write_whole
 from areal_jax.launch.config import LaunchConfig
 from areal_jax.metrics.config import MetricsConfig
 from areal_jax.rewards.config import RewardsConfig
@@ -97,10 +97,7 @@ def save(config: Mapping[str, Any], workdir: str | os.PathLike) -> str:
     """Write `config` to `workdir/config.json` (at once or not at all); returns the path."""
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, "config.json")
-    with tempfile.NamedTemporaryFile("w", dir=workdir, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(plain_config(config), file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
+    write_whole(path, json.dumps(plain_config(config), indent=1) + "\n", mode=0o600)
     return path
 
 

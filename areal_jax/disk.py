@@ -1,4 +1,5 @@
-"""Waiting for a disk that takes nothing more: with a limit, and in words that say which file it is about."""
+"""Files that appear as a whole, and waiting, with a limit, for a disk that takes nothing more: in words that say which
+file it is about."""
 
 from __future__ import annotations
 
@@ -20,6 +21,23 @@ _RESERVE, _RESERVED = "reserve", 1 << 16  # a file in the run's folder, and its 
 
 class DiskFull(RuntimeError):
     """A file could not be written for too long; the message names it."""
+
+
+def write_whole(path: str | os.PathLike, data: str | bytes, *, mode: int = 0o666) -> None:
+    """Make `data` the content of the file `path`, at once or not at all; `mode` is cut by the umask.
+
+    Raises `OSError` that names `path`; no draft is left then.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write the same file
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # others need the room
+            draft.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def reserve(workdir: str | os.PathLike) -> None:

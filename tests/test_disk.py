@@ -1,10 +1,11 @@
 """A full disk is waited for, within a limit, and the diagnosis names the file."""
 
 import errno
+import os
 
 import pytest
 
-from areal_jax.disk import DiskFull, insist, no_waiting, release, reserve
+from areal_jax.disk import DiskFull, insist, no_waiting, release, reserve, write_whole
 
 NO_ROOM = OSError(errno.ENOSPC, "No space left on device", "/run/trained.jsonl")
 
@@ -69,3 +70,18 @@ def test_room_is_kept_and_given_back(tmp_path):
     assert kept.stat().st_blocks * 512 >= kept.stat().st_size >= 1 << 16
     release(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_leaves_the_file_whole_and_no_draft(tmp_path, monkeypatch):
+    def broken(fd, mode):
+        os.write(fd, b"ha")
+        os.close(fd)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_whole(tmp_path / "ledger", "before", mode=0o600)
+    assert (tmp_path / "ledger").stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(os, "fdopen", broken)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        write_whole(tmp_path / "ledger", b"after")
+    assert raised.value.filename == str(tmp_path / "ledger")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("ledger", "before")]

@@ -25,7 +25,9 @@ from areal_jax.trainer.checkpoint import CheckpointError, read_memory
 
 def read_params(folder: str, model: models.Model, version: int | None) -> tuple[int, models.Params]:
     """The parameters of one checkpoint, without the optimizer's moments: `(version, params)`."""
-    with ocp.CheckpointManager(folder, item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "controller": ocp.StandardCheckpointHandler()}
+    handlers["memory"] = ocp.JsonCheckpointHandler()  # not read, but orbax warns of what it could not read
+    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         version = manager.latest_step() if version is None else version
         if version not in manager.all_steps():
             raise CheckpointError(f"no checkpoint of version {version} in {folder}; there are {manager.all_steps()}")
@@ -61,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
             raise CheckpointError(f"{args.run!r} holds no checkpoints/")
         config = read_memory(folder)["config"]
         source, rank = args.source or config["model"], config["trainer"].get("lora_rank", 0)
+        if not os.path.isdir(source):
+            raise CheckpointError(f"there is no folder {source!r}, the model that the run started with: give --source")
         lora = models.Lora(rank) if rank else None
         model = models.Model(models.ModelConfig.from_hf(source), lora=lora)
         version, params = read_params(folder, model, args.version)

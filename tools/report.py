@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
+try:
+    import matplotlib
+except ImportError:
+    sys.exit("report: error: matplotlib is not installed: bash launch/setup.sh dev")
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -62,12 +64,14 @@ def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
 
 
 def learning_curve(rows, path: Path) -> Path | None:
-    """Training accuracy (or reward) and held-out accuracy over steps."""
-    name = "reward/accuracy" if series(rows, "reward/accuracy")[0] else "reward/mean"
-    if not series(rows, name)[0]:
+    """Training accuracy, the reward where that is another number, and held-out accuracy over steps."""
+    curves = {name: series(rows, name) for name in ("reward/accuracy", "reward/mean")}
+    if not curves["reward/mean"][0]:
         return None
     figure, axis = plt.subplots(figsize=(8, 3.5))
-    axis.plot(*series(rows, name), color=COLOURS["training"], label=f"training: {name}", linewidth=1.2)
+    for (name, curve), colour in zip(curves.items(), (COLOURS["training"], COLOURS["loading_weights"]), strict=True):
+        if name == "reward/accuracy" or curve != curves["reward/accuracy"]:
+            axis.plot(*curve, color=colour, label=f"training: {name}", linewidth=1.2)
     held_out = series(rows, "eval/accuracy")
     if held_out[0]:
         axis.plot(*held_out, "o-", color="black", label="held-out accuracy", markersize=4, linewidth=0.8)
@@ -84,6 +88,7 @@ def staleness(rows, bound: int, path: Path) -> Path | None:
     figure, axis = plt.subplots(figsize=(8, 3))
     axis.bar(range(len(counts)), counts, color=COLOURS["generating"])
     axis.axvline(bound + 0.5, color="black", linestyle="--", linewidth=1)
+    axis.set_xticks(range(bound + 1))
     axis.set(xlabel=f"lag in versions (bound {bound})", ylabel="samples", title="Staleness of what was trained on")
     return _save(figure, path)
 

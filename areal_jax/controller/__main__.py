@@ -20,10 +20,9 @@ from areal_jax.controller.core import Core, Silent
 from areal_jax.controller.journal import Journal
 from areal_jax.controller.service import Service
 from areal_jax.controller.snapshot import StateError
-from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import fitting, prompt_limit
-from areal_jax.data.readers import DataError, Dataset, load_dataset
-from areal_jax.disk import DiskFull, insist, release
+from areal_jax.data.prompts import load_prompts, load_tokenizer
+from areal_jax.data.readers import DataError, Dataset
+from areal_jax.disk import DiskFull, insist, release, write_whole
 from areal_jax.exits import CANNOT_GO_ON, WRONG_SETTING
 from areal_jax.rewards.loading import record_check
 from areal_jax.rewards.outcome import VerifierError
@@ -43,14 +42,12 @@ def make_core(
 
     `going_on()` is called now and then: reading the data may take minutes.
     """
-    data = configs.section(DataConfig, config["data"])
-    train = _load("train", data, config, going_on)
-    evaluation = _load("eval", data, config, going_on) if data.eval else Dataset("", [])
-    limit = data.eval_limit if data.eval_limit > 0 else len(evaluation)
+    train = _load("train", config, going_on)
+    evaluation = _load("eval", config, going_on) if config["data"]["eval"] else Dataset("", [])
     return Core(
         configs.section(ControllerConfig, config["controller"]),
         train,
-        [evaluation[i] for i in range(min(limit, len(evaluation)))],
+        list(evaluation),
         seed=config["seed"],
         rolling=config["rollout"]["rolling_updates"],
         update_limit=2 * config["rollout"]["weights_timeout"],
@@ -62,24 +59,18 @@ def make_core(
     )
 
 
-def _load(key: str, data: DataConfig, config: dict[str, Any], going_on: Callable[[], None]) -> Dataset:
+def _load(key: str, config: dict[str, Any], going_on: Callable[[], None]) -> Dataset:
     """The data set `data.key`, without the records that the settings say to skip; the log names those.
 
     Where they say "error", the launcher has looked for them, and nothing is looked at again.
     """
     going_on()
-    spec = getattr(data, key)
-    dataset = load_dataset(spec, data, record_check(config)) if data.bad_record == "skip" else load_dataset(spec, data)
-    going_on()
-    if data.too_long == "skip":
-        from transformers import AutoTokenizer  # takes seconds, and is needed for nothing else here
-
-        tokenizer = AutoTokenizer.from_pretrained(config["model"], local_files_only=True)
-        dataset = fitting(dataset, tokenizer, data, prompt_limit(config), going_on)
-    if dataset.left_out:
-        log.warning("data.%s: %s", key, dataset.left_out)
-        for place in dataset.skipped[1:MOST_PLACES]:
-            log.warning("data.%s: left out, too: %s", key, place)
+    data = config["data"]
+    options = {"check": record_check(config)} if data["bad_record"] == "skip" else {}
+    tokenizer = load_tokenizer(config["model"]) if data["too_long"] == "skip" else None
+    dataset = load_prompts(key, config, tokenizer, tell=log.warning, going_on=going_on, **options)
+    for place in dataset.skipped[1:MOST_PLACES]:
+        log.warning("data.%s: left out, too: %s", key, place)
     return dataset
 
 
@@ -87,9 +78,7 @@ def next_incarnation(workdir: Path) -> int:
     """How many controllers this run has had before; counts this one."""
     path = workdir / "controller.incarnation"
     count = int(path.read_text()) if path.exists() else 0
-    draft = path.with_suffix(".new")
-    draft.write_text(str(count + 1))
-    draft.replace(path)
+    write_whole(path, str(count + 1))
     return count
 
 
@@ -115,6 +104,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m areal_jax.controller", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="the run's folder, with its config.json")
     workdir = parser.parse_args().workdir
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s controller %(levelname)s %(message)s")
     try:
         config = configs.load(workdir)
         limit, wait = config["controller"]["disk_limit"], partial(still_starting, workdir, "controller")

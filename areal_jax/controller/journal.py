@@ -8,8 +8,6 @@ run is over.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +28,7 @@ from areal_jax.controller.snapshot import (
     rebuild,
     revive,
 )
+from areal_jax.disk import write_whole
 from areal_jax.transport.messages import Batch, EvaluationResult, Manifest
 
 if TYPE_CHECKING:
@@ -100,15 +99,7 @@ class Journal:
         self._spooled &= needed
 
     def _write(self, path: Path, data: bytes) -> None:
-        draft = path.with_name(f".{path.name}")
-        try:
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(data)
-            draft.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):  # others need the room
-                draft.unlink()
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        write_whole(path, data, mode=0o600)
 
     def remove(self) -> None:
         """The run is over: nobody will take over."""

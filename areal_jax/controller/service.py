@@ -301,7 +301,7 @@ class Service:
         return True
 
     def _note(self, text: str, now: float) -> None:
-        log.warning("controller: %s", text)
+        log.warning("%s", text)
         self.core.telemetry.note(text, now)
 
     async def _send(self, action: Send, now: float) -> None:

@@ -73,5 +73,3 @@ def worked(totals: Iterable[int], terms: Sequence[int]) -> str:
     totals = list(totals)
     steps = (f"{before}+{term}={after}" for before, term, after in zip(totals, terms[1:], totals[1:]))
     return ";".join(steps) + f"####{totals[-1]}"
-
-

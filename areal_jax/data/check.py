@@ -1,7 +1,8 @@
 """Reads a data set and says what is in it: python -m areal_jax.data.check DATA [--model FOLDER] [--verify] [--limit N]
 
-Counts, lengths (in tokens with --model, else in characters), bad records with their places, and with --verify how many
-gold answers the verifier accepts: of mathematics the answer itself, of programs the published solution if there is one.
+Counts, lengths (in tokens with --model, else in characters), bad records with their places, and with --verify those by
+which the verifier cannot judge, and how many gold answers it finds right (an accuracy of 1): of mathematics the answer
+itself, of programs the published solution if there is one.
 Exit code 0 if all is well, 1 if there are bad records or refused answers, 2 if the data cannot be read.
 """
 
@@ -11,33 +12,33 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from areal_jax.data.config import DataConfig
 from areal_jax.data.formats import Record
-from areal_jax.data.prompts import render_prompt
+from areal_jax.data.prompts import load_tokenizer, render_prompt
 from areal_jax.data.readers import DataError, Dataset, load_dataset
+from areal_jax.rewards.code import verify_code
+from areal_jax.rewards.loading import check_arguments, judgeable, load_verifier, parameters_of
+from areal_jax.rewards.mathematics import verify_math
+from areal_jax.rewards.outcome import Score, VerifierError
+from areal_jax.rewards.pool import VerifierPool
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     try:
-        settings = DataConfig(format=args.format, bad_record="skip", fields=json.loads(args.fields))
-        data = load_dataset(args.data, settings)
-        if args.limit:
-            data = Dataset(data.name, [data[i] for i in range(min(args.limit, len(data)))], data.skipped)
-        tokenizer = _tokenizer(args.model)
-        report = describe(data, tokenizer)
-    except (DataError, ValueError, OSError) as error:
+        tokenizer = load_tokenizer(args.model) if args.model else None
+        check = _record_check(args) if args.verify else lambda record: None
+        settings = DataConfig(format=args.format, bad_record="skip", fields=args.fields)
+        data = load_dataset(args.data, settings, check).first(args.limit)
+    except (DataError, VerifierError, OSError) as error:
         print(f"check: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    report = describe(data, tokenizer)
     if args.verify:
-        options = json.loads(args.verifier_args)
-        if args.verifier and (problem := _wrong_arguments(args.verifier, options)):
-            print(f"check: {problem}", file=sys.stderr)
-            return 2
-        report |= asyncio.run(verify_gold(data, args.verifier, options, args.processes, tokenizer))
+        report |= asyncio.run(verify_gold(data, args.verifier, args.verifier_args, args.processes, tokenizer))
     show(report)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
@@ -51,34 +52,40 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("data", help="file, folder, a folder's split (DIR:train), or 'arithmetic:...'")
     parser.add_argument("--format", default="auto")
-    parser.add_argument("--fields", default="{}", help="our names of the data's fields, as JSON (data.fields)")
+    parser.add_argument(
+        "--fields", type=_object, default={}, help="our names of the data's fields, as JSON (data.fields)"
+    )
     parser.add_argument("--model", default="", help="checkpoint folder, for lengths in tokens")
     parser.add_argument("--limit", type=int, default=0, help="only so many records")
     parser.add_argument("--verify", action="store_true", help="run the verifier on the gold answers")
     parser.add_argument("--verifier", default="", help="import path; default: by the records' fields")
-    parser.add_argument("--verifier_args", default="{}", help="its keyword arguments, as JSON")
+    parser.add_argument("--verifier_args", type=_object, default={}, help="its keyword arguments, as JSON")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", default="", help="write the report there, too")
     return parser.parse_args(arguments)
 
 
-def _wrong_arguments(verifier: str, options: dict[str, Any]) -> str:
-    from areal_jax.rewards.loading import check_arguments, load_verifier
-    from areal_jax.rewards.outcome import VerifierError
-
+def _object(text: str) -> dict[str, Any]:
     try:
-        check_arguments(load_verifier(verifier), options)
-    except VerifierError as error:
-        return str(error)
-    return ""
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object: write it as \'{{"name": "value"}}\'')
+    return value
 
 
-def _tokenizer(folder: str) -> Any:
-    if not folder:
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def _record_check(args: argparse.Namespace) -> Callable[[Record], None]:
+    """What a run asks of every record; raises `VerifierError` for a verifier that cannot be called."""
+    if not args.verifier:
+        of_answers, of_programs = (judgeable([(verify, args.verifier_args)]) for verify in (verify_math, verify_code))
+        return lambda record: (of_programs if "tests" in record else of_answers)(record)
+    function = load_verifier(args.verifier)
+    check_arguments(function, args.verifier_args)
+    needed = {p.name for p in parameters_of(function) if p.default is p.empty} & {"prompt_tokens", "completion_tokens"}
+    if needed and not args.model:
+        raise VerifierError(f"{args.verifier} takes {' and '.join(sorted(needed))}: give the checkpoint with --model")
+    return judgeable([(function, args.verifier_args)])
 
 
 def describe(data: Dataset, tokenizer: Any = None) -> dict[str, Any]:
@@ -113,13 +120,10 @@ def quantiles(values: Sequence[int]) -> dict[str, int]:
 async def verify_gold(
     data: Dataset, verifier: str, options: dict[str, Any], processes: int, tokenizer: Any = None
 ) -> dict[str, Any]:
-    """How many records' own answers (or published programs) get the full score.
+    """How many records' own answers (or published programs) have an accuracy of 1.
 
     The verifier is given what it gets in a run: the record's fields, the texts and, with a tokenizer, their tokens.
     """
-    from areal_jax.rewards.outcome import Score
-    from areal_jax.rewards.pool import VerifierPool
-
     todo = [(i, gold) for i in range(len(data)) if (gold := gold_completion(data[i])) is not None]
     async with VerifierPool(processes) as pool:
 
@@ -129,17 +133,19 @@ async def verify_gold(
             fields = dict(record) | {"prompt": _text(record), "completion": gold}
             if tokenizer is not None:
                 prompt = render_prompt(record, tokenizer, DataConfig())
-                fields |= {"prompt_tokens": prompt, "completion_tokens": tokenizer.encode(gold)}
+                fields["prompt"] = tokenizer.decode(prompt, skip_special_tokens=True)
+                completion = tokenizer.encode(gold, add_special_tokens=False)
+                fields |= {"prompt_tokens": prompt, "completion_tokens": completion}
             return await pool.submit(path, fields | options)
 
         outcomes = await asyncio.gather(*(one(index, gold) for index, gold in todo))
-    accepted = [isinstance(outcome, Score) and outcome.reward == 1.0 for outcome in outcomes]
+    accepted = [isinstance(outcome, Score) and outcome.accuracy >= 1.0 for outcome in outcomes]
     refused = [(i, _why(outcome)) for (i, _), ok, outcome in zip(todo, accepted, outcomes) if not ok]
     return {
         "verified": len(todo),
         "accepted": sum(accepted),
         "refused": len(refused),
-        "refused_places": [f"record {i}: {why}" for i, why in refused[:20]],
+        "refused_places": [f"{data.place(i)}: {why}" for i, why in refused[:20]],
     }
 
 
@@ -170,7 +176,7 @@ def _text(record: Record) -> str:
 
 
 def _why(outcome: Any) -> str:
-    return f"scored {outcome.reward}" if hasattr(outcome, "reward") else f"{outcome.kind}: {outcome.text:.200}"
+    return f"accuracy {outcome.accuracy:g}" if isinstance(outcome, Score) else f"{outcome.kind}: {outcome.text:.200}"
 
 
 if __name__ == "__main__":

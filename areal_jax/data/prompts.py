@@ -1,4 +1,4 @@
-"""From a data record to the tokens that the model is asked to continue."""
+"""From data to the tokens that the model is asked to continue: which records a run uses, and how each is rendered."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from areal_jax.data.config import DataConfig
 from areal_jax.data.formats import Record
-from areal_jax.data.readers import Dataset
+from areal_jax.data.readers import DataError, Dataset, load_dataset
 
+MANY = 200_000  # prompts whose lengths take more than a few seconds to measure
 _ADDED = 8  # tokens that a tokenizer may put around a text
 
 
@@ -55,24 +56,77 @@ class Prompts:
         return tokens
 
 
+def load_tokenizer(folder: str) -> Any:
+    """The checkpoint's tokenizer, from the folder alone; raises `DataError`."""
+    from transformers import AutoTokenizer  # takes seconds: not before it is needed
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a broken folder
+        raise DataError(f"the tokenizer in '{folder}' cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def load_prompts(
+    key: str,
+    config: Mapping[str, Any],
+    tokenizer: Any = None,
+    *,
+    check: Callable[[Record], None] = lambda record: None,
+    tell: Callable[[str], None] = lambda line: None,
+    going_on: Callable[[], None] = lambda: None,
+) -> Dataset:
+    """The records of `data.<key>` ("train" or "eval") that a run with this resolved config uses.
+
+    What `check` refuses (see `load_dataset`) and prompts that leave no room for an answer are an error or left out, as
+    the settings say; without `tokenizer` no prompt is measured. Of "eval" only the first `data.eval_limit` are used.
+    `tell` is given what is no error, but should be known; `going_on()` is called now and then, as this may take
+    minutes. Raises `DataError`.
+    """
+    data = DataConfig(**config["data"])
+    try:
+        dataset = load_dataset(getattr(data, key), data, check)
+        going_on()
+        if tokenizer is not None:
+            if len(dataset) > MANY:
+                tell(f"data.{key}: measuring {len(dataset):,} prompts, which takes a while")
+            dataset = fitting(dataset, tokenizer, data, prompt_limit(config), going_on)
+    except ValueError as error:
+        raise DataError(f"data.{key}: {' '.join(str(error).split())}") from None
+    if dataset.left_out:
+        tell(f"data.{key}: {' '.join(dataset.left_out.split())}")
+    limit = data.eval_limit if key == "eval" else 0
+    if not 0 < limit < len(dataset):
+        return dataset
+    tell(f"data.eval: the first {limit:,} of {len(dataset):,} problems are used (data.eval_limit; 0: all)")
+    return dataset.first(limit)
+
+
 def fitting(
     dataset: Dataset, tokenizer: Any, config: DataConfig, limit: int, going_on: Callable[[], None] = lambda: None
 ) -> Dataset:
     """`dataset` without the prompts of more than `limit` tokens; what is left out is counted in `skipped`.
 
-    `going_on()` is called now and then: this may take minutes where prompts are nearly as long as the limit.
+    Raises `DataError` if there are such and `config.too_long` is "error", or if none is left.
     """
-    records, skipped = [], list(dataset.skipped)
+    kept, too_long = [], []
     for index in range(len(dataset)):
         if index % 256 == 0:
             going_on()
         record = dataset[index]
         short = _surely_fits(record, tokenizer, config, limit)
         if short or (length := len(render_prompt(record, tokenizer, config))) <= limit:
-            records.append(record)
+            kept.append(index)
         else:
-            skipped.append(f"{dataset.name} record {index}: its prompt has {length} tokens, {limit} fit")
-    return Dataset(dataset.name, records, skipped)
+            too_long.append(f"{dataset.place(index)}: its prompt has {length} tokens, {limit} fit")
+    room = "(rollout.max_length - rollout.max_new_tokens, data.max_prompt_tokens)"
+    if too_long and config.too_long == "error":
+        raise DataError(
+            f"{len(too_long)} of {len(dataset)} prompts are too long; the first: {too_long[0]} {room}; "
+            f"data.too_long='skip' leaves them out"
+        )
+    if not kept:
+        raise DataError(f"all {len(dataset)} prompts of '{dataset.name}' are longer than {limit} tokens {room}")
+    return dataset.only(kept, too_long)
 
 
 def _surely_fits(record: Record, tokenizer: Any, config: DataConfig, limit: int) -> bool:

@@ -30,12 +30,15 @@ class DataError(ValueError):
 
 
 class Dataset(Sequence):
-    """Records by index, and what was left out while reading: `skipped` has one message per record."""
+    """Records by index, and what was left out while reading: `skipped` has one message per record.
 
-    def __init__(self, name: str, records: Sequence[Record], skipped: Sequence[str] = ()):
+    `places` says where each record stands (file and line), where that is known.
+    """
+
+    def __init__(self, name: str, records: Sequence[Record], skipped: Sequence[str] = (), places: Sequence[str] = ()):
         self.name = name
         self.skipped = list(skipped)
-        self._records = records
+        self._records, self._places = records, places
         self._last: tuple[int, Record] | None = None  # a group's samples ask for the same one in a row; it may be made
 
     def __len__(self) -> int:
@@ -45,6 +48,19 @@ class Dataset(Sequence):
         if self._last is None or self._last[0] != index:
             self._last = index, self._records[index]
         return self._last[1]
+
+    def place(self, index: int) -> str:
+        """Where record `index` stands."""
+        return self._places[index] if self._places else f"{self.name} record {index}"
+
+    def only(self, indices: Sequence[int], skipped: Sequence[str] = ()) -> Dataset:
+        """The records at `indices`; `skipped` says of the others why they are left out."""
+        chosen = [self._records[i] for i in indices], [*self.skipped, *skipped], [self.place(i) for i in indices]
+        return Dataset(self.name, *chosen)
+
+    def first(self, count: int) -> Dataset:
+        """The first `count` records; all of them with 0."""
+        return self.only(range(min(count, len(self)) if count > 0 else len(self)))
 
     @property
     def left_out(self) -> str:
@@ -78,7 +94,7 @@ def load_dataset(
     if config.format != "auto" and config.format not in known:
         raise DataError(f"data.format '{config.format}' is unknown; it is one of auto, {', '.join(sorted(known))}")
     path, split = _path_and_split(spec)
-    records, skipped = [], []
+    records, skipped, places = [], [], []
     convert = known.get("prompt_answer" if config.fields and config.format == "auto" else config.format)
     for place, source in _read(path, split):
         try:
@@ -92,6 +108,7 @@ def load_dataset(
             _check_sendable(record)
             check(record)
             records.append(record)
+            places.append(place)
         except BadRecord as error:
             if config.bad_record != "skip":
                 raise DataError(f"{place}: bad record: {error} (data.bad_record='skip' leaves it out)") from None
@@ -99,7 +116,7 @@ def load_dataset(
     if not records:
         why = f"; all of its {len(skipped)} records are bad, the first: {skipped[0]}" if skipped else ""
         raise DataError(f"the data set '{spec}' is empty{why}")
-    return Dataset(spec, records, skipped)
+    return Dataset(spec, records, skipped, places)
 
 
 def _check_sendable(record: Record) -> None:

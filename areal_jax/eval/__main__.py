@@ -23,6 +23,7 @@ all were judged alike, else a bootstrap over problems. Exit codes: 0 done; 1 som
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import sys
@@ -37,8 +38,8 @@ from ml_collections import ConfigDict
 from areal_jax import config as configs
 from areal_jax.config import ConfigError
 from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import fitting, prompt_limit, render_prompt
-from areal_jax.data.readers import DataError, load_dataset
+from areal_jax.data.prompts import load_prompts, load_tokenizer, render_prompt
+from areal_jax.data.readers import DataError
 from areal_jax.eval.judge import LocalVerifier
 from areal_jax.eval.report import PROBLEMS, Writer, summary_of, table
 from areal_jax.eval.runner import EvaluationStopped, Evaluator, Result, checkpoint_tensors
@@ -107,19 +108,11 @@ def numbers_of(text: str) -> list[int]:
 
 
 def records_of(config: dict[str, Any], tokenizer: Any) -> list[dict]:
-    """The problems to evaluate, as a run chooses them: the first `data.eval_limit` of those that are not too long."""
-    data = configs.section(DataConfig, config["data"])
-    if not data.eval:
+    """The problems to evaluate, as a run chooses them."""
+    if not config["data"]["eval"]:
         raise ConfigError("no data to evaluate on: give --data=FILE (data.eval)")
-    dataset = load_dataset(data.eval, data, record_check(config))
-    if data.too_long == "skip":
-        dataset = fitting(dataset, tokenizer, data, prompt_limit(config))
-    if dataset.left_out:
-        print(f"areal_jax.eval: {dataset.left_out}", file=sys.stderr)
-    if not len(dataset):
-        raise ConfigError(f"all prompts of '{data.eval}' are longer than {prompt_limit(config)} tokens")
-    count = min(data.eval_limit or len(dataset), len(dataset))
-    return [dataset[i] for i in range(count)]
+    say = functools.partial(print, "areal_jax.eval:", file=sys.stderr)
+    return list(load_prompts("eval", config, tokenizer, check=record_check(config), tell=say))
 
 
 async def evaluate(config: dict[str, Any], records: list[dict], tokenizer: Any, writer: Writer) -> list[Result]:
@@ -179,7 +172,8 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"'{out}' holds the results of an evaluation; give another folder with --out=DIR")
     if not os.path.isdir(config["model"]):
         raise ConfigError(f"the model folder '{config['model']}' does not exist; give --model=DIR")
-    tokenizer = validate.load_tokenizer(config["model"])
+    validate.check_values(config)
+    tokenizer = load_tokenizer(config["model"])
     free = not {"run", "config"} & own.keys() and not any("rollout.max_length" in word for word in arguments)
     if free:  # as long as it has to be
         config["rollout"]["max_length"] = sys.maxsize

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from areal_jax.disk import write_whole
 from areal_jax.eval.estimates import summarize
 from areal_jax.eval.runner import Result
 
@@ -96,6 +97,4 @@ class Writer:
         if empty:
             (self.folder / PROBLEMS).unlink()
         if summary is not None:
-            draft = self.folder / (SUMMARY + ".tmp")
-            draft.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-            draft.replace(self.folder / SUMMARY)
+            write_whole(self.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")

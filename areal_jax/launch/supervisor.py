@@ -262,12 +262,14 @@ class Supervisor:
     def stop(self, outcome: Outcome) -> None:
         """End all roles: let them leave by themselves after a finished run, else tell leaders, then the others.
 
-        All of it takes no longer than the grace period, of which the leaders may use all but a last part.
+        All of it takes no longer than the grace period, of which the leaders may use all but a last part. Without the
+        controller they cannot save: where that has given up, there is only the last part, for all.
         """
         if outcome.status == "finished":
             self._wait(self._alive(), self._clock() + self._farewell)
-        deadline = self._clock() + self._grace
-        if outcome.status != "finished":
+        saves = outcome.role != "controller"
+        deadline = self._clock() + (self._grace if saves else LAST_SHARE * self._grace)
+        if outcome.status != "finished" and saves:
             leaders = [p for p in self._alive() if p.role.name in self._leaders]
             self._end(leaders, deadline - LAST_SHARE * self._grace)
         self._end(self._alive(), deadline)

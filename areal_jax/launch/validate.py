@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from areal_jax.config import ConfigError, one_line, resolve, section
-from areal_jax.data.config import DataConfig
-from areal_jax.data.prompts import fitting, prompt_limit
-from areal_jax.data.readers import DataError, load_dataset
+from areal_jax.data.formats import BadRecord
+from areal_jax.data.prompts import load_prompts, load_tokenizer
+from areal_jax.data.readers import DataError, Dataset
 from areal_jax.launch.fit import check_memory, gpu_memory
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.transport.endpoints import split_address
@@ -71,7 +71,6 @@ _ABOVE_0 = (
     "controller.disk_limit", "metrics.refresh_seconds",
 )  # fmt: skip
 _BELOW_1 = ("trainer.beta1", "trainer.beta2")
-MANY = 200_000  # prompts whose lengths take more than a few seconds to measure
 
 
 def validate(
@@ -99,6 +98,15 @@ def validate(
 
 def check_settings(config: Mapping[str, Any]) -> None:
     """Ranges, names and combinations; looks at nothing but `config` (as from `resolve`)."""
+    check_values(config)
+    _check_lengths(config["rollout"], config["trainer"], config["controller"])
+    _check_data_settings(config)
+    _check_objective(config)
+    _check_mesh(config["trainer"])
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """What `check_settings` asks of an evaluation, too: that has no trainer, and lengths of its own."""
     for key, choices in _CHOICES.items():
         if _get(config, key) not in choices:
             raise ConfigError(f"{key}={_get(config, key)!r} is unknown; it must be one of {', '.join(choices)}")
@@ -114,11 +122,13 @@ def check_settings(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={_get(config, key)!r} must be less than 1")
     if not -(2**63) <= config["seed"] < 2**63:
         raise ConfigError(f"seed={config['seed']} must be a number of 64 bits")
-    _check_lengths(config["rollout"], config["trainer"], config["controller"])
-    _check_data_settings(config)
+    samples = config["controller"]["eval_samples_per_prompt"]
+    if samples > 1 and config["rollout"]["eval_temperature"] == 0:
+        raise ConfigError(
+            f"controller.eval_samples_per_prompt={samples} with rollout.eval_temperature=0 (greedy) asks for the same "
+            f"answer {samples} times; set a temperature, or 1 sample"
+        )
     _check_rewards_settings(config["rewards"])
-    _check_objective(config)
-    _check_mesh(config["trainer"])
 
 
 def _check_lengths(rollout: dict, trainer: dict, controller: dict) -> None:
@@ -304,7 +314,10 @@ def check_model(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"trainer.expert={config['trainer']['expert']} splits nothing: the model has no experts; use trainer.fsdp"
         )
-    tokenizer = load_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in '{folder}' names no end-of-sequence token: no answer would ever end")
     if len(tokenizer) > model.vocab_size:
@@ -330,49 +343,42 @@ def _check_weights(folder: str) -> None:
             ) from None
 
 
-def load_tokenizer(folder: str) -> Any:
-    """The checkpoint's tokenizer, from the folder alone; raises `ConfigError`."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a broken folder
-        raise ConfigError(f"the tokenizer in '{folder}' cannot be loaded: {one_line(error)}") from None
-
-
 def check_data(config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None) -> None:
     """Both data sets can be read and judged, and every prompt fits the context (or is to be skipped, which is told)."""
-    from areal_jax.rewards.loading import record_check
+    from areal_jax.rewards.loading import ours, record_check
 
-    data = section(DataConfig, config["data"])
-    limit, batch = prompt_limit(config), config["controller"]["batch_size"]
+    batch = config["controller"]["batch_size"]
     tokenizer, check = load_tokenizer(config["model"]), record_check(config)
     for key in ("train", "eval"):
-        spec = getattr(data, key)
-        if key == "eval" and not spec:
+        if key == "eval" and not config["data"]["eval"]:
             continue
         try:
-            dataset = load_dataset(spec, data, check)
-            if len(dataset) > MANY:
-                tell(f"data.{key}: measuring {len(dataset):,} prompts, which takes a while")
-            kept = fitting(dataset, tokenizer, data, limit)
-        except (DataError, ValueError) as error:
-            raise ConfigError(f"data.{key}: {one_line(error)}") from None
-        too_long = kept.skipped[len(dataset.skipped) :]
-        if too_long and data.too_long == "error":
-            raise ConfigError(
-                f"data.{key}: {len(too_long)} of {len(dataset)} prompts are too long; the first: {too_long[0]} "
-                f"(rollout.max_length - rollout.max_new_tokens, data.max_prompt_tokens); data.too_long='skip' leaves "
-                f"them out"
-            )
-        if not len(kept):
-            raise ConfigError(f"data.{key}: all {len(dataset)} prompts of '{spec}' are longer than {limit} tokens")
+            kept = load_prompts(key, config, tokenizer, check=check, tell=tell)
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+        if not ours(config):
+            _tell_of_unjudgeable(key, kept, config, tell)
         if key == "train" and config["controller"]["epochs"] and len(kept) < batch:
             raise ConfigError(
                 f"data.train: {len(kept)} prompts are fewer than one batch (controller.batch_size={batch})"
             )
-        if kept.left_out:
-            tell(f"data.{key}: {one_line(kept.left_out)}")
+
+
+def _tell_of_unjudgeable(key: str, dataset: Dataset, config: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+    """With a workflow of the user's own it is no error if the verifiers cannot judge by a record, but worth a word."""
+    from areal_jax.rewards.loading import record_check
+
+    check, found = record_check(config, any_workflow=True), []
+    for index, record in enumerate(dataset):
+        try:
+            check(record)
+        except BadRecord as error:
+            found.append(f"{dataset.place(index)}: {error}")
+    if found:
+        tell(
+            f"data.{key}: the verifiers cannot judge by {len(found):,} of {len(dataset):,} records, unless "
+            f"{config['rollout']['workflow']} gives them others; the first: {one_line(found[0])}"
+        )
 
 
 def check_installed(config: Mapping[str, Any]) -> None:

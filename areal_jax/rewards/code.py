@@ -93,17 +93,20 @@ verify_code.__signature__ = inspect.signature(grade_code)  # the pool passes wha
 
 
 def extract_program(completion: str, starter: str = "") -> str | None:
-    """The program in a completion: the last code block after `</think>`; without one, the text itself if it is Python.
+    """The program in a completion: the last block of Python after `</think>`; without one, the text if that is Python.
 
+    A block that names no language counts where no other does: behind a program it usually is its output.
     With `starter`, a whole program comes after the starter, and an indented continuation is joined to it. None if there
     is no program.
     """
     text = completion.rpartition("</think>")[2]
-    blocks = [
-        "".join(line.removeprefix(indent) for line in body.splitlines(True))
+    found = [
+        (language.lower(), "".join(line.removeprefix(indent) for line in body.splitlines(True)))
         for indent, language, body in _FENCE.findall(text)
-        if language.lower() in ("", "python", "python3", "py") and body.strip()
+        if body.strip()
     ]
+    blocks = [body for language, body in found if language in ("python", "python3", "py")]
+    blocks = blocks or [body for language, body in found if not language]
     if not blocks:
         candidates = [f"{starter}{text}", f"{starter}\n{text}"] if starter else [text]
         found = next((program for program in candidates if text.strip() and _compiles(program)), None)

@@ -64,17 +64,31 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
         raise VerifierError(f"{name} does not take {', '.join(strange)}; it takes {', '.join(known)}")
 
 
-def record_check(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-    """A function that raises `BadRecord` for a record which the verifiers of `config` (as resolved) cannot judge by.
+def record_check(config: Mapping[str, Any], *, any_workflow: bool = False) -> Callable[[Mapping[str, Any]], None]:
+    """`judgeable` for the verifiers of `config` (as resolved); raises as `load_verifier`.
 
-    It must have the fields that they need; and a verifier may have a function of its own, as its attribute
-    `check_record`, that takes the record's fields by name and raises `VerifierError`. A workflow of the user's may give
-    the verifiers another record than the data's: then nothing is asked. Raises as `load_verifier`.
+    A workflow of the user's may give the verifiers another record than the data's: then nothing is asked, unless
+    `any_workflow`.
     """
-    if not config["rollout"]["workflow"].startswith("areal_jax."):
+    if not (any_workflow or ours(config)):
         return lambda record: None
     rewards = config["rewards"]
-    verifiers = [(load_verifier(path), own) for path, own in zip(rewards["verifiers"], rewards["verifier_args"])]
+    return judgeable([(load_verifier(path), own) for path, own in zip(rewards["verifiers"], rewards["verifier_args"])])
+
+
+def ours(config: Mapping[str, Any]) -> bool:
+    """Whether the workflow is one of this package: its verifiers get the data's records."""
+    return config["rollout"]["workflow"].startswith("areal_jax.")
+
+
+def judgeable(
+    verifiers: Sequence[tuple[Callable[..., Any], Mapping[str, Any]]],
+) -> Callable[[Mapping[str, Any]], None]:
+    """A function that raises `BadRecord` for a record which `verifiers`, functions and arguments, cannot judge by.
+
+    It must have the fields that they need; and a verifier may have a function of its own, as its attribute
+    `check_record`, that takes the record's fields by name and raises `VerifierError`.
+    """
 
     def check(record: Mapping[str, Any]) -> None:
         for function, arguments in verifiers:

@@ -19,7 +19,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from areal_jax.data.boxed import boxed
-from areal_jax.rewards.notation import readable, same_text, unlabelled
+from areal_jax.rewards.notation import in_other_bases, readable, same_text, unlabelled
 from areal_jax.rewards.outcome import Failure, Outcome, VerifierError, VerifierTimeout
 from areal_jax.rewards.process import WorkerProcess
 from areal_jax.rewards.worker import INSIDE_WORKER
@@ -227,6 +227,8 @@ def equal(candidate: str, gold: str, *, exact: bool, precision: int) -> bool:
         return _choice(candidate, exact=exact) == choice[1]
     if exact and same_text(candidate, gold):
         return True
+    if exact and in_other_bases(candidate, gold):
+        return False
     shown = f"\\boxed{{{readable(unlabelled(candidate))}}}" if exact else readable(candidate)
     found = _parse(shown, exact=exact)
     if not found or _rounded_away(expected[0], found[0], precision):

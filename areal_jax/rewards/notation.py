@@ -25,6 +25,7 @@ _REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\overline\s*\{\s*(\d{
 _LABEL = re.compile(r"\A\s*\$?\s*\\(?:text|textbf|mathrm|mathbf|bf)\s*\{\s*\(?([A-J])\)?[.:]?\s*\}(?=.*\w)", re.DOTALL)
 _WRAPPERS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _INVISIBLE = re.compile(r"\\[,;:! ]|\\q?quad\b|\\(?:left|right)\b|\\displaystyle\b|[~$]")
+_BASE = re.compile(r"_\s*\{?\s*(\d{1,3})\s*\}?[\s$]*\Z")
 _SPACE = re.compile(r"\s+")
 _NEEDLESS_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 
@@ -48,6 +49,12 @@ def unlabelled(text: str) -> str:
 def same_text(a: str, b: str) -> bool:
     """Whether two answers are written alike, but for spaces and fonts."""
     return _bare(a) == _bare(b) != ""
+
+
+def in_other_bases(a: str, b: str) -> bool:
+    """Whether both are numbers with a base below them, and not the same: 12_8 and 12_{10}."""
+    bases = [_BASE.search(text) for text in (a, b)]
+    return all(bases) and len({int(base[1]) for base in bases}) > 1
 
 
 def _bare(text: str) -> str:

@@ -12,6 +12,7 @@ import sys
 
 from areal_jax import config as configs
 from areal_jax.data.config import DataConfig
+from areal_jax.data.prompts import load_tokenizer
 from areal_jax.exits import WRONG_SETTING
 from areal_jax.metrics.clock import Clock, trace_path
 from areal_jax.rewards.config import RewardsConfig
@@ -31,9 +32,7 @@ async def serve(workdir: str, index: int) -> int:
     if rollout.exact == "sync" and values["controller"]["max_staleness"] == 0:
         rollout = dataclasses.replace(rollout, exact="always")
     rewards = configs.section(RewardsConfig, values["rewards"])
-    from transformers import AutoTokenizer  # takes seconds: not before the settings are known to be good
-
-    tokenizer = AutoTokenizer.from_pretrained(values["model"])
+    tokenizer = load_tokenizer(values["model"])
     name = f"rollout-{index}"
     sampling, eval_sampling = samplings(rollout, values["model"], tokenizer)
     settings = WorkerSettings(
@@ -66,6 +65,7 @@ def main() -> None:
     parser.add_argument("--index", type=int, default=0, help="which of the rollout workers this is")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s rollout %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every kind of device that is not there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         sys.exit(asyncio.run(serve(args.workdir, args.index)))

@@ -18,7 +18,7 @@ import jax
 
 from areal_jax import models
 from areal_jax.controller.config import ControllerConfig
-from areal_jax.disk import NO_ROOM, insist, no_waiting
+from areal_jax.disk import NO_ROOM, insist, no_waiting, write_whole
 from areal_jax.metrics.clock import Clock, idle_fraction, trace_path
 from areal_jax.metrics.config import MetricsConfig
 from areal_jax.metrics.trained import TrainedWriter
@@ -241,7 +241,8 @@ class Training:
             "skipped_updates": self.guard.skipped,
             "checkpoints_failed": self.saves_failed,
         }
-        self.insist(lambda: _write_json(self.workdir / "summary.json", summary))
+        text = json.dumps(summary, indent=1) + "\n"
+        self.insist(lambda: write_whole(self.workdir / "summary.json", text))
 
     # -- its parts -------------------------------------------------------------------------------------------------
 
@@ -393,9 +394,3 @@ class Training:
 
 def _since(now: dict[str, float], before: dict[str, float]) -> dict[str, float]:
     return {phase: seconds - before.get(phase, 0.0) for phase, seconds in now.items()}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    draft.replace(path)

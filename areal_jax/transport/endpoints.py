@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 import secrets
 import socket
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
+from areal_jax.disk import write_whole
 from areal_jax.transport.errors import EndpointMissing, KeysMissing, TransportError
 
 
@@ -25,9 +25,7 @@ def write_endpoint(workdir: str | Path, name: str, endpoint: str) -> None:
     """Announce atomically that server `name` listens at `endpoint`."""
     folder = Path(workdir) / "endpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{name}.{os.getpid()}"
-    draft.write_text(endpoint)
-    draft.replace(folder / name)
+    write_whole(folder / name, endpoint)
 
 
 def forget_endpoints(workdir: str | Path) -> None:
@@ -148,11 +146,7 @@ def make_keys(workdir: str | Path) -> Path:
             continue
         public, secret = zmq.curve_keypair()
         for kind, key in (("secret", secret), ("public", public)):
-            draft = folder / f".{owner}.{kind}"
-            draft.unlink(missing_ok=True)
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(key)
-            draft.replace(folder / f"{owner}.{kind}")
+            write_whole(folder / f"{owner}.{kind}", key, mode=0o600)
     return folder
 
 

@@ -7,10 +7,11 @@ process, and starts another as after any death.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
+
+from areal_jax.disk import write_whole
 
 
 class Silence(msgspec.Struct, frozen=True):
@@ -30,9 +31,7 @@ def report_silence(workdir: str | Path, name: str, silence: Silence) -> None:
     """Say that role `name` has not been heard of; the report appears as a whole."""
     folder = Path(workdir) / "silent"
     folder.mkdir(exist_ok=True, mode=0o700)
-    draft = folder / f".{name}.{os.getpid()}"  # several may report a server
-    draft.write_bytes(msgspec.json.encode(silence))
-    draft.replace(folder / name)
+    write_whole(folder / name, msgspec.json.encode(silence))
 
 
 def take_silence(workdir: str | Path, name: str) -> Silence | None:

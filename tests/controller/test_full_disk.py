@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import errno
-import os
 import shutil
 
 import pytest
@@ -208,19 +207,3 @@ def test_a_trainer_that_waits_for_room_is_not_taken_for_one_that_hangs(tmp_path)
         return core.stopped
 
     assert "controller.progress_limit" in asyncio.run(asyncio.wait_for(body(), 30))
-
-
-def test_a_write_that_fails_leaves_the_journal_whole_and_no_draft(tmp_path, monkeypatch):
-    journal = Journal(tmp_path)
-    journal._write(journal.folder / "ledger", b"before")
-    monkeypatch.setattr("areal_jax.controller.journal.os.fdopen", _broken)
-    with pytest.raises(OSError, match="No space left on device") as raised:
-        journal._write(journal.folder / "ledger", b"after")
-    assert raised.value.filename == str(journal.folder / "ledger")
-    assert [(p.name, p.read_bytes()) for p in journal.folder.iterdir() if p.is_file()] == [("ledger", b"before")]
-
-
-def _broken(fd, mode):
-    os.write(fd, b"ha")
-    os.close(fd)
-    raise OSError(errno.ENOSPC, "No space left on device")

@@ -44,6 +44,6 @@ def test_a_controller_that_reads_its_data_gives_a_sign(tmp_path, monkeypatch, st
         marks.append(starting_mark(tmp_path, "controller"))
         raise DataError("enough")
 
-    monkeypatch.setattr(program, "load_dataset", load)
+    monkeypatch.setattr("areal_jax.data.prompts.load_dataset", load)
     assert started() == WRONG_SETTING
     assert marks[0] is not None

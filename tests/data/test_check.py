@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from areal_jax.data import check
 
 
@@ -29,20 +31,26 @@ def test_a_verifier_gets_what_it_gets_in_a_run(tmp_path, capsys):
     problem = {"messages": [{"role": "user", "content": "1+1?"}], "answer": "2"}
     path = write(tmp_path / "a.jsonl", problem)
     arguments = [path, "--verify", "--processes", "1", "--verifier", "tests.data.judge:sees_everything"]
-    assert check.main(arguments) == 1 and "needs ['prompt_tokens', 'completion_tokens']" in capsys.readouterr().out
+    assert check.main(arguments) == 2 and "takes completion_tokens and prompt_tokens: give" in capsys.readouterr().err
     path = write(tmp_path / "b.jsonl", {"prompt": "1+1?", "answer": "2"})
     toy = Path(__file__).parents[2] / "configs" / "toy"
     assert check.main([path, *arguments[1:], "--model", str(toy)]) == 0
 
 
-def test_a_refused_gold_answer_is_named(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", {"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "not a number"})
-    arguments = [path, "--verify", "--processes", "1", "--verifier_args", '{"mode": "last_number"}']
-    assert check.main(arguments) == 1
+def test_a_record_that_cannot_be_judged_by_and_a_refused_gold_answer_are_named_with_their_lines(tmp_path, capsys):
+    problems = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "x"}, {"prompt": "c", "answer": "3"}]
+    arguments = [write(tmp_path / "a.jsonl", *problems), "--verify", "--processes", "1"]
+    assert check.main([*arguments, "--verifier_args", '{"mode": "last_number"}']) == 1
     out = capsys.readouterr().out
-    assert "1 of 2 accepted" in out and "record 1: exception" in out
+    assert "2 of 2 accepted" in out and "a.jsonl:2: verify_math: mode 'last_number' needs a number" in out
+    assert check.main([*arguments, "--verifier", "tests.data.judge:shaped"]) == 1
+    out = capsys.readouterr().out
+    assert "2 of 3 accepted" in out and "a.jsonl:3: accuracy 0" in out
 
 
 def test_data_that_cannot_be_read_is_one_line(tmp_path, capsys):
     assert check.main([str(tmp_path / "none.jsonl")]) == 2
     assert capsys.readouterr().err.startswith("check: the data set")
+    with pytest.raises(SystemExit, match="2"):
+        check.main([str(tmp_path / "none.jsonl"), "--verifier_args", "{mode: 1}"])
+    assert "'{mode: 1}' is no JSON object" in capsys.readouterr().err

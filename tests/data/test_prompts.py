@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerFast
 
 from areal_jax.data.config import DataConfig
 from areal_jax.data.prompts import Prompts, fitting, prompt_limit, render_prompt
-from areal_jax.data.readers import Dataset
+from areal_jax.data.readers import DataError, Dataset
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -58,7 +58,8 @@ def test_a_missing_template_is_an_error(tokenizer):
 def test_prompts_that_are_too_long_are_left_out_and_counted(tokenizer):
     data = Dataset("d", [{"prompt": "a" * n} for n in (1, 9, 3)], ["d:4: bad"])
     signs = []
-    kept = fitting(data, tokenizer, DataConfig(prompt_suffix="b"), limit=4, going_on=lambda: signs.append(1))
+    settings = DataConfig(prompt_suffix="b", too_long="skip")
+    kept = fitting(data, tokenizer, settings, limit=4, going_on=lambda: signs.append(1))
     assert signs  # that this gets on
     assert [len(record["prompt"]) for record in kept] == [1, 3]
     assert kept.skipped == ["d:4: bad", "d record 1: its prompt has 10 tokens, 4 fit"]
@@ -100,11 +101,14 @@ class Bytes:
 def test_only_prompts_that_may_be_too_long_are_turned_into_tokens():
     prompts = ["a" * 30, "é" * 25, "é" * 15, "a" * 45, "a" * 35, "a" * 39, "a" * 40]
     byte = Bytes()
-    kept = fitting(Dataset("d", [{"prompt": p} for p in prompts]), byte, DataConfig(), limit=40)
+    skip = DataConfig(too_long="skip")
+    kept = fitting(Dataset("d", [{"prompt": p} for p in prompts]), byte, skip, limit=40)
     assert [record["prompt"] for record in kept] == [p for p in prompts if 1 + len(p.encode()) <= 40]
     assert byte.seen == prompts[1:] and len(kept.skipped) == 3
-    kept = fitting(Dataset("d", [{"prompt": "a" * 30}]), byte, DataConfig(system_prompt="b" * 20), limit=40)
-    assert not len(kept) and "53 tokens" in kept.skipped[0]
+    with pytest.raises(
+        DataError, match=r"1 of 1 prompts are too long; the first: d record 0: its prompt has 53 tokens"
+    ):
+        fitting(Dataset("d", [{"prompt": "a" * 30}]), byte, DataConfig(system_prompt="b" * 20), limit=40)
 
 
 @pytest.mark.parametrize(("asked", "limit"), [(0, 40), (60, 60), (200, 79)])

@@ -49,6 +49,9 @@ def test_the_shipped_checkpoint_is_evaluated(tmp_path, capsys):
         ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--ks=2"], "between 1 and --samples=1"),
         ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--ks=a"], "write whole numbers"),
         ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--verifier=no.such:f"], "does not import"),
+        ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--samples=0"], "must be at least 1"),
+        ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--temperature=-1"], "must be at least 0"),
+        ([f"--model={TOY}", "--out=o", "--data=arithmetic:count=4", "--samples=4"], "the same answer 4 times"),
         (["--run=/nowhere"], "does not exist"),
     ],
 )
@@ -59,7 +62,7 @@ def test_mistakes_are_one_line(options, message, capsys, tmp_path, monkeypatch):
     assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_run_and_its_evaluation_take_the_same_problems(tmp_path):
+def test_a_run_and_its_evaluation_take_the_same_problems_and_say_how_many(tmp_path, capsys):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"prompt": "1+" * n, "answer": "1"}) + "\n" for n in (3, 40, 5, 6)))
     config = configs.default_config()
@@ -67,8 +70,10 @@ def test_a_run_and_its_evaluation_take_the_same_problems(tmp_path):
     config.data.update({"train": str(path), "eval": str(path), "eval_limit": 2, "too_long": "skip"})
     config.rollout.update({"max_length": 50, "max_new_tokens": 30})
     config = configs.resolve(config)
-    mine = program.records_of(config, program.validate.load_tokenizer(str(TOY)))
+    mine = program.records_of(config, program.load_tokenizer(str(TOY)))
     assert [record["prompt"].count("1") for record in mine] == [3, 5]
+    left_out, limited = capsys.readouterr().err.splitlines()
+    assert "d.jsonl:2: its prompt has" in left_out and "the first 2 of 3 problems" in limited
     assert make_core(config, 0, 0.0).evaluations._records == mine
 
 

@@ -197,7 +197,7 @@ def test_an_evaluation_beside_training_keeps_its_version_and_stops_nobody(tmp_pa
 
     One evaluation is made to last until training has got on beside it: if that cannot be, the run does not end well.
     """
-    settings = {"trainer__steps": 12, "trainer__eval_every": 3, "rollout__workers": 2}
+    settings = {"trainer__steps": 12, "trainer__eval_every": 3, "rollout__workers": 2, "rollout__eval_temperature": 1.0}
     settings["launch__rollout_env"] = {"HOLD_EVALUATIONS": "3 6"}  # later ones may need no newer tokens to the end
     run = run_recorded(tmp_path, "single_turn", controller__eval_samples_per_prompt=4, **settings)
     given = [json.loads(line) for line in (run / "recorded/completions.jsonl").read_text().splitlines()]

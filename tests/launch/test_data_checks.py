@@ -66,7 +66,9 @@ class OwnWorkflow:
 def test_a_workflow_of_ones_own_may_give_the_verifiers_another_record(config, tmp_path):
     write(config, tmp_path, {"prompt": "p"})
     config.rollout.workflow = f"{__name__}:OwnWorkflow"
-    validate.validate(config)
+    told = []
+    validate.validate(config, told.append)
+    assert len(told) == 1 and "cannot judge by 1 of 1 records, unless" in told[0] and "train.jsonl:1" in told[0]
 
 
 def test_what_is_skipped_is_the_same_for_launcher_and_controller_and_counted(config, tmp_path, capsys, caplog):
@@ -82,7 +84,8 @@ def test_what_is_skipped_is_the_same_for_launcher_and_controller_and_counted(con
     with caplog.at_level(logging.WARNING):
         core = make_core(resolved, 0, 0.0)
     assert [dict(record) for record in core.records] == [GOOD]
-    assert "train.jsonl:2" in caplog.text and "train.jsonl:3: its 'id'" in caplog.text and "400 tokens" in caplog.text
+    assert "train.jsonl:2" in caplog.text and "train.jsonl:3: its 'id'" in caplog.text
+    assert "train.jsonl:4: its prompt has 400 tokens" in caplog.text
     assert core.status(0.0)["skipped_records"] == 3 and core.finish(0.0)["skipped_records"] == 3
 
 
@@ -123,9 +126,9 @@ def test_every_prompt_is_measured_however_many_there_are(config, tmp_path, monke
     path.write_text((json.dumps(GOOD) + "\n") * 25_000 + json.dumps({"prompt": "1+" * 100, "answer": "2"}) + "\n")
     config.data.train = str(path)
     monkeypatch.setattr(validate, "load_tokenizer", lambda folder: Letters())
-    monkeypatch.setattr(validate, "MANY", 20_000)
+    monkeypatch.setattr("areal_jax.data.prompts.MANY", 20_000)
     told = []
-    with pytest.raises(ConfigError, match=r"1 of 25001 prompts are too long; .* record 25000: its prompt has 200"):
+    with pytest.raises(ConfigError, match=r"1 of 25001 prompts are too long; .*train.jsonl:25001: its prompt has 200"):
         validate.check_data(resolve(config), told.append)
     assert told == ["data.train: measuring 25,001 prompts, which takes a while"]
 

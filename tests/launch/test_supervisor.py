@@ -144,6 +144,22 @@ def test_exit_codes_that_restarts_cannot_change(tmp_path, code, status):
     assert outcome.status == status and supervisor.restarts == 0 and not told
 
 
+def test_without_the_controller_the_trainer_cannot_save_and_is_not_waited_for_before_the_others(tmp_path):
+    mark, ready = tmp_path / "told", tmp_path / "ready"
+    tells = "import pathlib, signal, sys\ndef end(*_): pathlib.Path(sys.argv[1]).touch(); sys.exit(0)\n"
+    worker = f"{tells}signal.signal(signal.SIGTERM, end)\npathlib.Path(sys.argv[2]).touch()\nsignal.pause()"
+    waits = "import os, sys, time, signal\n{}while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n{}"
+    trainer = waits.format("signal.signal(signal.SIGTERM, lambda *_: None)\n", "")  # until the worker is told to end
+    controller = waits.format("", "sys.exit(70)")
+    roles = (
+        role("trainer", trainer, mark),
+        role("rollout-0", worker, mark, ready),
+        role("controller", controller, ready),
+    )
+    outcome, told, _ = run(tmp_path, *roles)
+    assert outcome.role == "controller" and told == []
+
+
 def test_grandchildren_go_with_their_role(tmp_path):
     pids = tmp_path / "pid"
     program = (

@@ -263,6 +263,7 @@ def test_programs_under_test_die_with_the_worker_that_runs_them(tmp_path, monkey
 def test_extraction():
     assert extract_program("```python\na = 1\n```\ntext\n```py\nb = 2\n```") == "b = 2\n"
     assert extract_program("```bash\nls\n```\n```\nc = 3\n```") == "c = 3\n"
+    assert extract_program("```python\na = 1\n```\nIt prints\n```\n1\n```") == "a = 1\n"
     assert extract_program("<think>\n```python\na = 1\n```\n</think>\n```python\nb = 2") == "b = 2"
     assert extract_program("x = 1\nprint(x)") == "x = 1\nprint(x)"
     assert extract_program("- Here:\n  ```python\n  a = 1\n  ```\n") == "a = 1\n"

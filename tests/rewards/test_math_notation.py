@@ -6,6 +6,7 @@ from areal_jax.rewards import verify_math
 from areal_jax.rewards.notation import readable, same_text, unlabelled
 
 EQUAL = [
+    (r"\boxed{12_{8}}", "12_8"),
     (r"\boxed{\frac{3}{4}}", "0.75"),
     (r"\boxed{\dfrac{3}{4}}", r"\frac34"),
     (r"\boxed{\tfrac34}", "3/4"),
@@ -283,6 +284,7 @@ UNEQUAL = [
     (r"\boxed{1.0000001}", "1"),
     (r"\boxed{99.9999999}", "100"),
     (r"\boxed{\sin(x)}", r"\cos(x)"),
+    (r"\boxed{12_{10}}", "12_8"),
 ]
 # Known limits, in docs/tasks.md: what is accepted although it should not be, and the other way round.
 LENIENT = [
@@ -291,6 +293,8 @@ LENIENT = [
     (r"\boxed{12\text{ cm}}", r"12\text{ m}"),
     (r"\boxed{3\%}", "3"),
     (r"\boxed{300\%}", "3"),
+    (r"\boxed{12}", "12_8"),
+    (r"\boxed{6=5}", "5"),
 ]
 STRICT = [
     (r"\boxed{\sum_{i=1}^{n} i}", r"\frac{n(n+1)}{2}"),
