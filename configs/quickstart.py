@@ -18,8 +18,8 @@ def get_config():
     c.name = "quick start"
     c.model = str(Path(__file__).resolve().parent / "toy")
 
-    c.data.train = "arithmetic:count=100000,seed=1,max_terms=16,tail=3"
-    c.data.eval = "arithmetic:count=256,seed=2,max_terms=16,tail=3"
+    c.data.train = "arithmetic:count=100000,seed=1,max_terms=16,tail=3,held_out=0"
+    c.data.eval = "arithmetic:count=256,seed=2,max_terms=16,tail=3,held_out=1"
 
     c.controller.batch_size = 16
     c.controller.group_size = 8

@@ -36,8 +36,9 @@ def main() -> None:
     started = time.time()
     tokenizer = make_tokenizer()
     model = Model(model_config(tokenizer, args.width, args.layers, args.heads))
-    problems = arithmetic.Arithmetic(count=10**9, seed=TRAIN_SEED, max_terms=args.max_terms)
-    held_out = arithmetic.Arithmetic(count=args.held_out, seed=HELD_OUT_SEED, max_terms=args.max_terms)
+    sums = functools.partial(arithmetic.Arithmetic, max_terms=args.max_terms)
+    problems = sums(count=10**9, seed=TRAIN_SEED, held_out=0)
+    held_out = sums(count=args.held_out, seed=HELD_OUT_SEED, held_out=1)
     print(f"{model.num_params():,} parameters, {args.steps} steps of {args.rows} rows of {ROW} tokens")
 
     params = model.init(jax.random.key(args.seed))

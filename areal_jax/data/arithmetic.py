@@ -1,19 +1,22 @@
 """Generated arithmetic problems, a data set by its spec: "arithmetic:count=4096,seed=0,min_terms=2,max_terms=8".
 
 The problems are chains of additions ("3+5+9?"), whose worked answers show each running sum ("3+5=8;8+9=17####17"): the
-number of terms sets the length of the answer. Problem i depends only on the settings and i.
+number of terms sets the length of the answer. Problem i depends only on the settings and i. An eighth of all problems,
+told by a checksum of their text, are held out: short sums come again and again, so another seed alone holds nothing out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 PREFIX = "arithmetic:"
+HELD_OUT = 8  # one problem in so many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,7 @@ class Arithmetic:
     """What "arithmetic:key=value,..." means; each problem has min_terms to max_terms numbers below `10 ** digits`.
 
     How many is the least of `tail` uniform draws: every length as often with 1, a long tail of rare lengths with more.
+    `held_out` 0: none of the held-out problems; 1: these alone; -1: any.
     """
 
     count: int = 4096
@@ -29,10 +33,13 @@ class Arithmetic:
     max_terms: int = 8
     tail: int = 1
     digits: int = 1
+    held_out: int = -1
 
     def __post_init__(self):
         if min(self.count, self.tail, self.digits) < 1 or not 2 <= self.min_terms <= self.max_terms:
             raise ValueError(f"count, tail, digits must be at least 1, and 2 <= min_terms <= max_terms, found {self}")
+        if self.held_out not in (-1, 0, 1):
+            raise ValueError(f"held_out must be 0 (none of them), 1 (these alone) or -1 (any), found {self.held_out}")
 
     def __len__(self) -> int:
         return self.count
@@ -42,13 +49,18 @@ class Arithmetic:
         if not 0 <= index < self.count:
             raise IndexError(index)
         random = np.random.default_rng([self.seed, index])
-        length = int(random.integers(self.min_terms, self.max_terms + 1, self.tail).min())
-        terms = [int(term) for term in random.integers(0, 10**self.digits, length)]
-        return {
-            "prompt": "+".join(map(str, terms)) + "?",
-            "answer": str(sum(terms)),
-            "solution": worked(itertools.accumulate(terms), terms),
-        }
+        while True:
+            length = int(random.integers(self.min_terms, self.max_terms + 1, self.tail).min())
+            terms = [int(term) for term in random.integers(0, 10**self.digits, length)]
+            prompt = "+".join(map(str, terms)) + "?"
+            if self.held_out in (-1, is_held_out(prompt)):
+                solution = worked(itertools.accumulate(terms), terms)
+                return {"prompt": prompt, "answer": str(sum(terms)), "solution": solution}
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a problem is one of those held out."""
+    return zlib.crc32(prompt.encode()) % HELD_OUT == 0
 
 
 def parse_spec(spec: str) -> Arithmetic:

@@ -89,6 +89,7 @@ def test_missing_empty_and_unknown_data_are_errors(tmp_path):
         ("arithmetic:counts=3", "'counts=3'"),
         ("arithmetic:min_terms=9", "2 <= min_terms <= max_terms"),
         ("arithmetic:tail=0", "tail, digits must be at least 1"),
+        ("arithmetic:held_out=2", "held_out must be 0"),
     ]:
         with pytest.raises(DataError, match=message):
             load_dataset(spec)
@@ -140,6 +141,15 @@ def test_a_tail_makes_long_problems_rare():
     assert np.mean(lengths[1]) == pytest.approx(9.0, abs=0.2)
     assert np.mean(lengths[3]) == pytest.approx(least_of_three, abs=0.2)
     assert min(lengths[3]) == 2 and max(lengths[3]) >= 15
+
+
+def test_no_problem_that_is_held_out_is_trained_on():
+    def prompts(count, part):
+        return {record["prompt"] for record in load_dataset(f"arithmetic:count={count},max_terms=3,held_out={part}")}
+
+    train, held_out = prompts(3000, 0), prompts(300, 1)
+    assert len(train) > 600 and len(held_out) > 90 and not train & held_out
+    assert prompts(300, -1) & train and prompts(300, -1) & held_out
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared GSM8K files")

@@ -118,3 +118,8 @@ def test_the_quick_start_trains_the_shipped_checkpoint():
     folder = Path(config["model"])
     assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
     assert ModelConfig.from_hf(folder).family == "qwen2" and (folder / "tokenizer.json").exists()
+
+
+def test_the_quick_start_is_evaluated_on_problems_that_it_never_trains_on():
+    data = load(CONFIGS[[path.stem for path in CONFIGS].index("quickstart")])[1]["data"]
+    assert data["train"].endswith(",held_out=0") and data["eval"].endswith(",held_out=1")

@@ -26,6 +26,7 @@ def _random_b(params):
     return unflatten(flat | noise)
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_nothing_and_trained_ones_merge_exactly():
     base, base_params = tiny.model_and_params("qwen2-untied")
     model, params = _with_adapters()
