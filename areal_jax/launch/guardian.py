@@ -7,7 +7,8 @@ weights that killed processes left on disk or pulled from another host, scratch 
 addresses of servers that are gone. Until then it imports next to nothing.
 
 It inherits the launcher's lock of the run's folder, so that nobody starts the run again while it is at work, and writes
-into it that the run is about to be over.
+into it that the run is about to be over. On a cluster one node's launcher has the lock; elsewhere only what is on the
+node itself is removed.
 """
 
 import contextlib
@@ -103,8 +104,11 @@ if __name__ == "__main__":
         watch(sys.stdin, float(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
     from areal_jax.rewards.folders import sweep_folders
     from areal_jax.transport.endpoints import forget_endpoints
-    from areal_jax.weights import cleanup
+    from areal_jax.weights import cleanup, sweep
 
-    cleanup(sys.argv[2])
     sweep_folders()
-    forget_endpoints(sys.argv[2])
+    if len(sys.argv) > 3:
+        cleanup(sys.argv[2])
+        forget_endpoints(sys.argv[2])
+    else:  # the run's folder is held by another node's launcher, and the run may go on there
+        sweep()

@@ -81,24 +81,29 @@ class _Process:
 
 
 class Supervisor:
-    """Runs `roles`; the one named first in `leaders` decides: when all leaders ended well, the run is finished. `grace`
+    """Runs `roles`; those named in `leaders` decide: when all leaders have ended well, the run is finished. `grace`
     is what all get together to end when told to, `farewell` what lies between the ends of roles that go by themselves.
     A server that neither announces its address nor says for `announce_limit` seconds that it is `still_starting` hangs.
 
+    Without leaders, as on a node of a cluster that only generates, all roles together decide.
+
     `tell(text)` gets one line per event (a restart, the reason of an end). `lock` is the descriptor of a locked file
-    that stays locked until nothing of the run is left, whatever becomes of this process.
+    that stays locked until nothing of the run is left, whatever becomes of this process; without it the run's folder is
+    another's to tidy. What is started again is noted in the file `record` in `workdir`.
     """
 
     def __init__(
         self, roles: Sequence[Role], leaders: Sequence[str], workdir: str | os.PathLike, *, grace: float = 60.0,
         farewell: float = FAREWELL_SECONDS, announce_limit: float = float("inf"), guardian_restarts: int = 5,
         tell: Callable[[str], None] = print, lock: int | None = None, clock: Callable[[], float] = time.monotonic,
+        record: str = "restarts.jsonl",
     ):  # fmt: skip
         self._processes = {role.name: _Process(role) for role in roles}
         self._leaders = list(leaders)
         self._workdir, self._logs = Path(workdir).resolve(), Path(workdir) / "logs"
         self._grace, self._farewell, self._tell, self._lock = grace, farewell, tell, lock
         self._announce_limit, self._clock = announce_limit, clock
+        self._record = Lines(self._workdir / record)
         self._guardian: subprocess.Popen | None = None
         self._guardian_restarts, self._unguarded = guardian_restarts, 0  # the second: its deaths in a row
         self._guarded_at = 0.0  # when it was started, or is to be
@@ -126,9 +131,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def start(self) -> None:
-        """Start the guardian and every role. What is started again later is noted in `WORKDIR/restarts.jsonl`."""
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._record = Lines(self._workdir / "restarts.jsonl")
         self._guard()
         for process in self._processes.values():
             self._spawn(process)
@@ -142,7 +145,8 @@ class Supervisor:
         if self._signals:
             return Outcome("stopped", "told to stop")
         self._mind_guardian()
-        if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
+        deciding = [self._processes[name] for name in self._leaders] or list(self._processes.values())
+        if all(process.popen.poll() == 0 for process in deciding if not process.given_up):
             return Outcome("finished")
         for process in self._processes.values():
             if process.given_up or process.popen is None:
@@ -155,8 +159,7 @@ class Supervisor:
                 continue
             if process.role.name in self._leaders and code == TOLD_TO_STOP:
                 return Outcome("stopped", f"{process.role.name} was told to stop")
-            failure = self._after_death(process, code)
-            if failure is not None:
+            if (failure := self._after_death(process, code)) is not None:
                 return failure
         return None
 
