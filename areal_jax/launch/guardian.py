@@ -104,11 +104,10 @@ if __name__ == "__main__":
         watch(sys.stdin, float(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
     from areal_jax.rewards.folders import sweep_folders
     from areal_jax.transport.endpoints import forget_endpoints
-    from areal_jax.weights import cleanup, sweep
+    from areal_jax.weights import cleanup
 
+    alone = len(sys.argv) > 3  # else another node's launcher holds the run's folder, and the run may go on there
+    cleanup(sys.argv[2], disk=alone)
     sweep_folders()
-    if len(sys.argv) > 3:
-        cleanup(sys.argv[2])
+    if alone:
         forget_endpoints(sys.argv[2])
-    else:  # the run's folder is held by another node's launcher, and the run may go on there
-        sweep()

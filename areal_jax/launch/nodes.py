@@ -40,7 +40,7 @@ def share_of(config: Mapping[str, Any], node: int = 0, nodes: int = 1) -> Share:
     if trainers % training:
         raise ConfigError(
             f"trainer.processes={trainers} cannot be shared out evenly among {training} nodes: make it a multiple, or "
-            f"let fewer nodes train (launch.trainer_nodes={asked}; 0: all {nodes})"
+            f"say with launch.trainer_nodes how many of the {nodes} nodes train"
         )
     if workers < generating:
         raise ConfigError(

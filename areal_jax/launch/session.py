@@ -35,8 +35,11 @@ _KEYS_MAY_CHANGE = {
     "trainer": {
         "steps", "checkpoint_every", "keep_checkpoints", "batch_timeout", "eval_every", "processes",
         "data_parallel", "fsdp", "tensor", "expert", "rows", "remat", "layers", "max_segments",
+        "weights_transport",
     },
-    "rollout": {"workers", "python", "weights_timeout", "slots", "steps_per_dispatch"},
+    "rollout": {
+        "workers", "python", "weights_timeout", "slots", "steps_per_dispatch", "rolling_updates", "engine_args",
+    },
     "rewards": {"services", "processes", "address", "timeout"},
     "controller": {
         "address", "heartbeat_limit", "heartbeat_seconds", "progress_limit", "disk_limit", "max_attempts",

@@ -60,8 +60,8 @@ _AT_LEAST = {
         "rewards.overlong_buffer", "trainer.warmup_steps", "trainer.weight_decay", "trainer.max_grad_norm",
         "trainer.checkpoint_every", "trainer.eval_every", "trainer.lora_rank", "trainer.kl_coef", "data.eval_limit",
         "data.max_prompt_tokens", "launch.restarts", "launch.trainer_restarts", "launch.rollout_gpus",
-        "trainer.grad_norm_limit", "trainer.ratio_limit", "trainer.mismatch_limit", "trainer.equal_rewards_limit",
-        "trainer.max_segments", "trainer.beta1", "trainer.beta2", "trainer.seed",
+        "launch.trainer_nodes", "trainer.grad_norm_limit", "trainer.ratio_limit", "trainer.mismatch_limit",
+        "trainer.equal_rewards_limit", "trainer.max_segments", "trainer.beta1", "trainer.beta2", "trainer.seed",
     ),
 }  # fmt: skip
 _ABOVE_0 = (

@@ -6,6 +6,6 @@ shared disk (`disk`). `open_version` finds, fetches if need be, verifies and map
 
 from areal_jax.weights.publisher import Publisher
 from areal_jax.weights.receiver import OpenVersion, open_version, same_layout
-from areal_jax.weights.store import WeightsRefused, cleanup, sweep
+from areal_jax.weights.store import WeightsRefused, cleanup
 
-__all__ = ["OpenVersion", "Publisher", "WeightsRefused", "cleanup", "open_version", "same_layout", "sweep"]
+__all__ = ["OpenVersion", "Publisher", "WeightsRefused", "cleanup", "open_version", "same_layout"]

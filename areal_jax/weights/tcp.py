@@ -46,7 +46,7 @@ class ByteServer:
         self._files: dict[bytes, tuple[int, int]] = {}  # name -> (file descriptor, size)
         self.refused = 0  # messages that are no request
         self._lock = threading.Lock()
-        self._context = zmq.Context()
+        self._context = zmq.Context(min(8, os.cpu_count() or 1))  # its threads encrypt, each for some of the hosts
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 1024)

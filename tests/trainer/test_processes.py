@@ -13,17 +13,24 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from areal_jax.config import ConfigError
 from areal_jax.exits import CANNOT_GO_ON
 from areal_jax.launch import child
 from areal_jax.metrics.writers import read_metrics
+from areal_jax.trainer import distributed
 from areal_jax.transport import messages as m
 from tests.trainer import fake
 
 ROOT = Path(__file__).parents[2]
 
 
+# What a launcher's own job step leaves in the environment: none of it is about the trainer's processes.
+SLURM = {"JOB_ID": "1", "STEP_NODELIST": "nowhere[1-2]", "NTASKS": "2", "PROCID": "1", "LOCALID": "1"}
+
+
 def start(workdir, process):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+    env |= {f"SLURM_{name}": value for name, value in SLURM.items()}
     command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when the tests do
     command += [sys.executable, "-m", "areal_jax.trainer", "--workdir", str(workdir), "--process", str(process)]
     log = open(workdir / f"trainer-{process}.log", "w")  # noqa: SIM115
@@ -53,6 +60,12 @@ def run(folder, processes, **trainer):
     logs = "\n".join((workdir / f"trainer-{i}.log").read_text()[-3000:] for i in range(processes))
     assert codes == [0] * processes, logs
     return load_file(workdir / "export" / "model.safetensors"), controller, listening
+
+
+def test_a_host_that_cannot_be_found_by_its_name_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
+    with pytest.raises(ConfigError, match=r"no-such-host\.invalid.*/etc/hosts"):
+        distributed.start(tmp_path, 0, 2, "tcp://0.0.0.0:*")
 
 
 @pytest.mark.slow
