@@ -35,15 +35,13 @@ def main(arguments: list[str]) -> int:
         if command.workdir is None and not command.dry_run:
             raise ConfigError("no folder for the run: give --workdir=runs/NAME")
         from areal_jax.launch import session
-        from areal_jax.launch.nodes import check_nodes
         from areal_jax.launch.validate import validate
 
         if command.config is None:
             return session.run_node(command.workdir, command.node, command.nodes)
         said = functools.partial(print, "areal_jax:", flush=True)
-        config = validate(command.config, said, here=not command.prepare)
-        if command.nodes or not command.prepare:
-            check_nodes(config, command.nodes or 1)
+        nodes = command.nodes or (0 if command.prepare else 1)
+        config = validate(command.config, said, here=not command.prepare, nodes=nodes)
         if command.dry_run:
             print(f"areal_jax: '{config['name']}' can start")
             return 0

@@ -56,10 +56,11 @@ def share_of(config: Mapping[str, Any], node: int = 0, nodes: int = 1) -> Share:
 
 
 def check_nodes(config: Mapping[str, Any], nodes: int) -> None:
-    """Raises `ConfigError` for settings with which roles on several nodes would not find each other's data."""
-    for node in range(nodes):
-        share_of(config, node, nodes)
-    if nodes == 1:
+    """Raises `ConfigError` for settings with which the run cannot be shared out among so many nodes, or its roles would
+    not find each other's data there. Nothing is known of 0 nodes."""
+    if nodes:
+        share_of(config, 0, nodes)
+    if nodes < 2:
         return
     if config["trainer"]["weights_transport"] == "shm":
         raise ConfigError(

@@ -18,6 +18,7 @@ from areal_jax.data.prompts import fitting, prompt_limit
 from areal_jax.data.readers import DataError, load_dataset
 from areal_jax.launch.fit import check_memory, gpu_memory
 from areal_jax.launch.installed import check_installed
+from areal_jax.launch.nodes import check_nodes
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.transport.endpoints import split_address
 from areal_jax.transport.errors import TransportError
@@ -74,19 +75,20 @@ MANY = 200_000  # prompts whose lengths take more than a few seconds to measure
 
 
 def validate(
-    config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None, *, here: bool = True
+    config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None, *, here: bool = True, nodes: int = 1
 ) -> dict[str, Any]:
     """The resolved config of a run that can start, or `ConfigError` with the first thing that is wrong with it.
 
     `tell` is given what is not wrong, but should be known: what of the data is left out. With `here` the roles will
-    start on this machine, and what they need must be installed on it.
+    start on this machine, and what they need must be installed on it. `nodes`: of a cluster; 0: not known.
     """
     resolved = resolve(config)
     check_settings(resolved)
+    check_nodes(resolved, nodes)
     check_addresses(resolved)
     check_rewards(resolved)
     check_model(resolved)
-    check_memory(resolved, gpu_memory())
+    check_memory(resolved, gpu_memory(), nodes)
     check_data(resolved, tell)
     if here:
         check_installed(resolved)
