@@ -49,9 +49,14 @@ def check_memory(config: Mapping[str, Any], gpus: Sequence[int], nodes: int = 1)
         return
     model = ModelConfig.from_hf(config["model"])
     shares = [share_of(config, node, nodes) for node in range(nodes)]
+    workers = max((len(share.workers) for share in shares), default=1)
     if each and rollout["engine"] == "vllm":
-        workers = max((len(share.workers) for share in shares), default=1)
         check_engine(model, rollout, each, min(gpus[: each * workers]))
+    elif rollout["engine"] == "vllm" and workers > 1 and "gpu_memory_utilization" not in rollout["engine_args"]:
+        raise ConfigError(
+            f"launch.rollout_gpus=0 lets {workers} rollout workers of one machine use the same GPU, of which vLLM "
+            f"takes {_VLLM_TAKES:.0%}: set launch.rollout_gpus, or gpu_memory_utilization in rollout.engine_args"
+        )
     if not shares:
         return
     trainers = len(shares[0].trainers)  # the first node trains in any case

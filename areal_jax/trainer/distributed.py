@@ -22,6 +22,8 @@ def start(workdir: str | os.PathLike, process: int, processes: int, address: str
         return
     if jax.config.jax_platforms == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX's own handler of SIGTERM would take the place of ours: the trainer would never hear that it is to save.
+    jax.config.update("jax_enable_preemption_service", False)
     if process == 0:
         endpoint, bind = _coordinator(address)
         write_endpoint(workdir, COORDINATOR, endpoint)

@@ -62,6 +62,14 @@ def test_an_engine_must_hold_the_weights_and_one_sequence(config):
     fit.check_memory(resolve(config), [16 * GIB] * 8 + [80 * GIB] * 4)
 
 
+def test_workers_that_would_share_a_gpu_unawares_are_refused(config):
+    config.launch.rollout_gpus = 0
+    with pytest.raises(ConfigError, match=r"4 rollout workers of one machine use the same GPU.*launch\.rollout_gpus"):
+        fit.check_memory(resolve(config), [80 * GIB] * 8)
+    config.rollout.engine_args = {"gpu_memory_utilization": 0.2}
+    fit.check_memory(resolve(config), [80 * GIB] * 8)
+
+
 def test_nothing_is_said_without_knowledge(config, monkeypatch):
     config.model = "/nowhere"
     fit.check_memory(resolve(config), [])

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from areal_jax import config as configs
 from areal_jax.config import ConfigError
 from areal_jax.exits import CANNOT_GO_ON
 from areal_jax.launch import child
@@ -85,26 +86,33 @@ def test_two_processes_equal_one(tmp_path, axis):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_next_start_goes_on(tmp_path):
-    workdir, _ = fake.prepare(tmp_path, steps=3)
-    trainer = None
+def test_a_signal_to_one_of_two_processes_saves_and_a_single_one_goes_on(tmp_path):
+    workdir, _ = fake.prepare(tmp_path, steps=3, processes=2, fsdp=2)
+    trainers = []
 
     def interrupt(version):
-        if version == 1:
-            trainer.send_signal(signal.SIGTERM)
+        if version == 1 and not any(process.poll() is not None for process in trainers):
+            trainers[1].send_signal(signal.SIGTERM)
+
+    def ended(count):
+        return [process.wait(120) for process in trainers[-count:]]
 
     with fake.FakeController(workdir) as controller:
         controller.on_batch = interrupt
-        trainer = start(workdir, 0)
+        trainers += [start(workdir, i) for i in range(2)]
         try:
-            assert trainer.wait(120) == 75, (workdir / "trainer-0.log").read_text()[-3000:]
+            assert ended(2) == [75, 75], (workdir / "trainer-0.log").read_text()[-3000:]
             assert "Finish" not in controller.kinds()
             controller.on_batch = lambda version: None
             controller.log.clear()
-            trainer = start(workdir, 0)
-            assert trainer.wait(120) == 0, (workdir / "trainer-0.log").read_text()[-3000:]
+            config = configs.load(workdir)
+            config["trainer"].update(processes=1, fsdp=1)
+            configs.save(config, workdir)
+            trainers.append(start(workdir, 0))
+            assert ended(1) == [0], (workdir / "trainer-0.log").read_text()[-3000:]
         finally:
-            trainer.kill()
+            for process in trainers:
+                process.kill()
     assert controller.kinds()[0] == "SetState"
     assert controller.state.version in (1, 2)
     assert next(x.version for x in controller.log if isinstance(x, m.GetBatch)) == controller.state.version
