@@ -51,6 +51,6 @@ while kill -0 "$head" 2>/dev/null; do
 done
 code=0
 wait "$head" || code=$?
-[ -z "$others" ] || leave "$others" || stop
-wait || true
-exit "$code"
+[ "$code" = 0 ] || stop  # what waits for the first node waits in vain
+[ -z "$others" ] || leave "$others" || { stop; leave "$others" || true; }
+exit "$code"  # and Slurm ends what is left
