@@ -366,8 +366,7 @@ def describe_exit(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    hint = " (out of memory? see the kernel's log)" if name == "SIGKILL" else ""
-    return f"was killed by {name}{hint}"
+    return f"was killed by {name}" + (" (out of memory? see the kernel's log)" if name == "SIGKILL" else "")
 
 
 def log_tail(path: str | os.PathLike, lines: int = 30, nbytes: int = 65536) -> list[str]:
@@ -384,7 +383,8 @@ def log_tail(path: str | os.PathLike, lines: int = 30, nbytes: int = 65536) -> l
 def diagnosis(tail: Sequence[str]) -> str:
     """The line of a log's tail that most likely says what was wrong: its last error, else its last line."""
     errors = [line for line in tail if _looks_like_error(line)]
-    return (errors or [line for line in tail if line.strip()] or ["its log is empty"])[-1].strip()
+    line = (errors or [line for line in tail if line.strip()] or ["its log is empty"])[-1].strip()
+    return line if len(line) < 400 else f"{line[:200]} ... {line[-200:]}"  # both ends say something
 
 
 def _looks_like_error(line: str) -> bool:
@@ -395,6 +395,6 @@ def _looks_like_error(line: str) -> bool:
 
 
 def own_env() -> dict[str, str]:
-    """This process's environment, with the folder that `areal_jax` was found in."""
+    """This process's environment, and the place of `areal_jax`."""
     path = os.environ.get("PYTHONPATH", "")
     return os.environ | {"PYTHONPATH": ROOT + (os.pathsep + path if path else "")}
