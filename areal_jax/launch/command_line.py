@@ -60,8 +60,8 @@ def parse(arguments: Sequence[str]) -> Command | None:
         if name.startswith("config."):
             changes.append((name.removeprefix("config."), value))
         elif name in ("nodes", "node"):
-            if not value.isdecimal():
-                raise ConfigError(f"--{name}={value}: a whole number is needed")
+            if not value.isdecimal() or int(value) < (name == "nodes"):
+                raise ConfigError(f"--{name}={value}: nodes are counted from 1, and numbered from 0")
             options[name] = int(value)
         elif name in options:
             options[name] = value
@@ -76,6 +76,8 @@ def _config(options: dict[str, Any], changes: Sequence[tuple[str, str]]) -> Conf
     if options["node"] >= 0:
         if options["config"] is not None or changes:
             raise ConfigError("--node starts a part of a prepared run: its settings are given with --prepare")
+        if not options["nodes"]:
+            raise ConfigError("--node needs --nodes as well: how many there are")
         return None
     if options["config"] is None:
         raise ConfigError("no config given: --config=configs/quickstart.py")

@@ -41,6 +41,15 @@ def test_some_nodes_train_and_the_others_generate():
     assert share_of(config, 1, 2) == Share(False, range(2, 4), range(4, 8))
 
 
+def test_the_example_of_the_page_is_for_five_nodes():
+    page = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    config = quickstart.get_config()
+    exec(page.split("```python\n")[1].split("```")[0], {"c": config})
+    config.controller.address = config.rewards.address = "tcp://0.0.0.0:*"
+    check_nodes(configs.resolve(config), 5)
+    assert [len(share_of(config, node, 5).workers) for node in range(5)] == [0, 0, 4, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("changes", "nodes", "message"),
     [
@@ -98,7 +107,8 @@ def test_a_node_that_only_generates_leaves_the_runs_folder_to_the_first(tmp_path
     [
         (["--node=1", "--nodes=2", "--workdir=nowhere"], "nowhere/config.json does not exist"),
         (["--node=1", "--nodes=2", "--workdir=nowhere", "--config.seed=2"], "given with --prepare"),
-        (["--node=x", "--workdir=nowhere"], "a whole number is needed"),
+        (["--node=x", "--workdir=nowhere"], "--node=x: nodes are counted from 1"),
+        (["--node=0", "--workdir=nowhere"], "needs --nodes"),
     ],
 )
 def test_a_node_starts_a_part_of_a_prepared_run(arguments, message, capsys):
