@@ -41,7 +41,6 @@ def get_config():
     c.rollout.dtype = "bfloat16"
     c.launch.rollout_gpus = 1
     c.launch.trainer_nodes = 4
-    c.launch.stop_grace = 540.0  # Slurm's signal comes ten minutes before the limit; a step may take half of that
 
     c.trainer.steps = 250
     c.trainer.minibatches = 4

@@ -20,8 +20,9 @@ python=${VENV:-$PWD/.venv}/bin/python
 nodes=${SLURM_JOB_NUM_NODES:?is not set: this is a script for sbatch}
 address=tcp://${INTERFACE:-0.0.0.0}:*
 
+# stop_grace: a little less than there is between Slurm's signal and its end of the job.
 "$python" -m areal_jax.launch --prepare --nodes="$nodes" --config="$config" --workdir="$workdir" \
-  --config.controller.address="$address" --config.rewards.address="$address" "$@"
+  --config.controller.address="$address" --config.rewards.address="$address" --config.launch.stop_grace=540 "$@"
 
 launchers() {  # launchers FIRST COUNT: one job step, a launcher on each of so many nodes
   # shellcheck disable=SC2016  # the variables are those of the task

@@ -177,7 +177,7 @@ def test_slurm_starts_one_launcher_per_node_and_a_signal_lets_them_save(slurm, t
     job = slurm()
     prepare, *launchers = lines(tmp_path / "launched", 4)
     assert prepare.startswith("-m areal_jax.launch --prepare --nodes=3 --config=c.py --workdir=run ")
-    assert prepare.endswith(" --config.rewards.address=tcp://0.0.0.0:* --config.seed=3")
+    assert prepare.endswith(" --config.rewards.address=tcp://0.0.0.0:* --config.launch.stop_grace=540 --config.seed=3")
     assert sorted(launchers) == [f"-m areal_jax.launch --workdir=run --nodes=3 --node={node}" for node in range(3)]
     job.send_signal(signal.SIGTERM)  # as scancel --batch
     assert job.wait(30) == 130
