@@ -1,8 +1,9 @@
 """Which roles of a run are on which node of a cluster: a plain function of the settings and the number of nodes.
 
-The first node has the controller and the reward services. With `launch.trainer_nodes` the first so many nodes train and
-the others generate; without, every node does both. A trainer process's neighbours in number are its neighbours on the
-node, so that tensor parallel devices, the innermost axis of the mesh, are on one node.
+The first node has the controller; reward services, which may need many cores, are on all nodes. With
+`launch.trainer_nodes` the first so many nodes train and the others generate; without, every node does both. A trainer
+process's neighbours in number are its neighbours on the node, so that tensor parallel devices, the innermost axis of
+the mesh, are on one node.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from areal_jax.transport.endpoints import is_loopback
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one node runs: by number, of the trainer's processes and of the rollout workers."""
+    """What one node runs: by number, of the reward services, the trainer's processes and the rollout workers."""
 
-    servers: bool  # controller and reward services
+    controller: bool
+    services: range
     trainers: range
     workers: range
 
@@ -47,12 +49,19 @@ def share_of(config: Mapping[str, Any], node: int = 0, nodes: int = 1) -> Share:
             f"rollout.workers={workers} is fewer than the {generating} nodes that generate, of {nodes}: ask for fewer "
             f"nodes, or for more workers"
         )
-    each, place = trainers // training, node - asked
     return Share(
-        servers=node == 0,
-        trainers=range(node * each, (node + 1) * each) if node < training else range(0),
-        workers=range(workers * place // generating, workers * (place + 1) // generating) if place >= 0 else range(0),
+        controller=node == 0,
+        services=_part(config["rewards"]["services"], node, nodes),
+        trainers=_part(trainers, node, training),
+        workers=_part(workers, node - asked, generating),
     )
+
+
+def _part(count: int, place: int, parts: int) -> range:
+    """Which of `count` things are at `place` of `parts`: none at another place, one more at the first few."""
+    if not 0 <= place < parts:
+        return range(0)
+    return range(-(-count * place // parts), -(-count * (place + 1) // parts))
 
 
 def check_nodes(config: Mapping[str, Any], nodes: int) -> None:

@@ -47,9 +47,9 @@ def roles_of(
     restarts = launch["restarts"]
     no_gpu = {"JAX_PLATFORMS": "cpu"}
     roles = []
-    if share.servers:
+    if share.controller:
         roles.append(role("controller", "controller", [], no_gpu, restarts=restarts, announces=True))
-    for i in range(config["rewards"]["services"] if share.servers else 0):
+    for i in share.services:
         name = f"rewards-{i}"
         options = {"restarts": restarts, "peers": "rewards", "announces": True}
         roles.append(role("rewards", name, ["--index", str(i)], no_gpu, **options))

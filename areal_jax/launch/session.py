@@ -115,7 +115,7 @@ def run_node(workdir: str | os.PathLike, node: int, nodes: int) -> int:
     launch = config["launch"]
     supervisor = Supervisor(
         roles, leaders, workdir, grace=launch["stop_grace"], guardian_restarts=launch["restarts"], tell=tell,
-        record=f"restarts-node{node}.jsonl",
+        announce_limit=launch["announce_limit"], record=f"restarts-node{node}.jsonl",
     )  # fmt: skip
     outcome = supervisor.run()
     log = f"see {Path(workdir) / 'logs' / outcome.role}.log" if outcome.role else ""

@@ -30,15 +30,16 @@ def settings(**changes):
 
 def test_some_nodes_train_and_the_others_generate():
     config = settings(**{"trainer.processes": 4, "rollout.workers": 8, "launch.trainer_nodes": 2})
+    config["rewards"]["services"] = 2
     assert [share_of(config, node, 5) for node in range(5)] == [
-        Share(True, range(2), range(0)),
-        Share(False, range(2, 4), range(0)),
-        Share(False, range(0), range(2)),
-        Share(False, range(0), range(2, 5)),
-        Share(False, range(0), range(5, 8)),
+        Share(True, range(1), range(2), range(0)),
+        Share(False, range(1, 1), range(2, 4), range(0)),
+        Share(False, range(1, 2), range(0), range(3)),
+        Share(False, range(2, 2), range(0), range(3, 6)),
+        Share(False, range(2, 2), range(0), range(6, 8)),
     ]
     config["launch"]["trainer_nodes"] = 0
-    assert share_of(config, 1, 2) == Share(False, range(2, 4), range(4, 8))
+    assert share_of(config, 1, 2) == Share(False, range(1, 2), range(2, 4), range(4, 8))
 
 
 def test_the_example_of_the_page_is_for_five_nodes():
