@@ -1,5 +1,6 @@
 """A run on several nodes: what is where, and launch/slurm.sh with programs in the place of Slurm's."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -158,12 +159,14 @@ def slurm(tmp_path):
     started = []
 
     def start(**more):
-        started.append(subprocess.Popen(command, env={**os.environ, **own, **more}, stderr=subprocess.PIPE, text=True))
+        options = {"stderr": subprocess.PIPE, "text": True, "process_group": 0}
+        started.append(subprocess.Popen(command, env={**os.environ, **own, **more}, **options))
         return started[-1]
 
     yield start
     for process in started:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what a test that failed has left as well
         process.wait()
 
 
