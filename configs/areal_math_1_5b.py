@@ -1,7 +1,7 @@
 """AReaL's paper, mathematics with R1-Distill-Qwen-1.5B (arXiv 2505.24298, Tables 1 and 3).
 
-Command:   sbatch --nodes=16 launch/slurm.sh configs/areal_math_1_5b.py runs/math-1.5b (see docs/slurm.md)
-Hardware:  16 nodes of 8 GPUs with 80 GB; three quarters of the GPUs generate, one quarter trains
+Command:   sbatch --nodes=16 --gpus-per-node=8 launch/slurm.sh configs/areal_math_1_5b.py runs/math-1.5b (docs/slurm.md)
+Hardware:  16 nodes of 8 GPUs with 80 GB; four nodes train, the others generate
 Data:      DeepScaleR's training set and AIME 2024, as JSONL or Parquet
 Expect:    the paper reports 42.2 on AIME 2024 (base 29.3) after 250 steps in 14.8 hours, and 42.0 in 41.0 hours for its
            own synchronous mode (--config.controller.max_staleness=0)
@@ -40,6 +40,7 @@ def get_config():
     c.rollout.eval_temperature = 1.0
     c.rollout.dtype = "bfloat16"
     c.launch.rollout_gpus = 1
+    c.launch.trainer_nodes = 4
 
     c.trainer.steps = 250
     c.trainer.minibatches = 4
@@ -56,6 +57,7 @@ def get_config():
     c.trainer.beta1, c.trainer.beta2, c.trainer.epsilon = 0.9, 0.95, 1e-5
     c.trainer.compute_dtype = "bfloat16"
     c.trainer.publish_dtype = "bfloat16"
+    c.trainer.weights_transport = "disk"
     c.trainer.remat = "attention"
     c.trainer.batch_timeout = 7200.0
     c.trainer.eval_every = 25

@@ -26,10 +26,12 @@ def get_config():
     c.controller.batch_size = 64
     c.controller.max_staleness = 4
     c.rewards.services = 1
+    c.launch.trainer_nodes = 0
     c.rollout.workers = 6
     c.rollout.max_length = 9216
     c.rollout.max_new_tokens = 8192
     c.trainer.processes = 1
+    c.trainer.weights_transport = "shm"
     c.trainer.row_length = 16_384
     c.trainer.rows = 4
     c.trainer.max_segments = 16

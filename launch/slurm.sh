@@ -1,60 +1,57 @@
 #!/usr/bin/env bash
-# A run on a Slurm cluster, with the same roles as on one machine: sbatch --nodes=N launch/slurm.sh CONFIG WORKDIR [settings]
+# A run on a Slurm cluster: sbatch --nodes=5 --gpus-per-node=8 launch/slurm.sh CONFIG WORKDIR [settings]
 #   WORKDIR must be on a disk that all nodes share. Settings as for the launcher: --config.trainer.steps=20 ...
-# The first node runs the controller and the reward services; the trainer's tasks come next, the rollout workers fill what
-# is left. The job ends with the trainer; sbatch it again to go on from the last checkpoint. See docs/slurm.md.
+# Every node has one launcher, which starts the node's roles, starts again what dies, and shares out the node's GPUs; which
+# roles are where is said by launch.trainer_nodes. The job ends with the trainer. Told to stop, it saves a checkpoint:
+# sbatch it again to go on. VENV: the environment (.venv); INTERFACE: the network of controller, rewards and weights, where
+# there are several (ib0). See docs/slurm.md.
 #SBATCH --job-name=areal_jax
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --open-mode=append
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@600
 set -euo pipefail
 
-[ $# -ge 2 ] || { echo "usage: sbatch --nodes=N launch/slurm.sh CONFIG WORKDIR [--config.key=value ...]" >&2; exit 2; }
+[ $# -ge 2 ] || { echo "usage: sbatch --nodes=N --gpus-per-node=G launch/slurm.sh CONFIG WORKDIR [--config.key=value ...]" >&2; exit 2; }
 config=$1 workdir=$2
 shift 2
 cd "${SLURM_SUBMIT_DIR:-.}"
 python=${VENV:-$PWD/.venv}/bin/python
-rollout_python=${ROLLOUT_PYTHON:-$python}
-gpus_per_task=${GPUS_PER_TASK:-}   # e.g. 1: asks Slurm for so many GPUs per trainer task; rollout_gpus per worker is in the config
-addresses=(--config.controller.address="${CONTROLLER_ADDRESS:-tcp://0.0.0.0:*}" --config.rewards.address=tcp://0.0.0.0:*)
+nodes=${SLURM_JOB_NUM_NODES:?is not set: this is a script for sbatch}
+address=tcp://${INTERFACE:-0.0.0.0}:*
 
-"$python" -m areal_jax.launch --prepare --config="$config" --workdir="$workdir" "${addresses[@]}" "$@"
-mkdir -p "$workdir/logs"
-read -r services workers trainers rollout_gpus < <("$python" - "$workdir" <<'PYTHON'
-import sys
-from areal_jax.config import load
-c = load(sys.argv[1])
-print(c["rewards"]["services"], c["rollout"]["workers"], c["trainer"]["processes"], c["launch"]["rollout_gpus"])
-PYTHON
-)
-rm -rf "$workdir/endpoints"
+# stop_grace: a little less than there is between Slurm's signal and its end of the job.
+"$python" -m areal_jax.launch --prepare --nodes="$nodes" --config="$config" --workdir="$workdir" \
+  --config.controller.address="$address" --config.rewards.address="$address" --config.launch.stop_grace=540 "$@"
 
-steps=()
-start() {  # start NAME SRUN-OPTIONS... -- COMMAND...: one job step in the background, with its own log
-  local name=$1 options=()
-  shift
-  while [ "$1" != -- ]; do options+=("$1"); shift; done
-  shift
-  srun --overlap --kill-on-bad-exit=0 "${options[@]}" --output="$workdir/logs/$name.log" --open-mode=append "$@" &
-  steps+=($!)
+launchers() {  # launchers FIRST COUNT: one job step, a launcher on each of so many nodes
+  # shellcheck disable=SC2016  # the variables are those of the task
+  srun --nodes="$2" --ntasks="$2" --ntasks-per-node=1 --relative="$1" --cpu-bind=none --kill-on-bad-exit=0 --wait=0 \
+    bash -c 'exec "$0" -m areal_jax.launch --workdir="$1" --nodes="$2" --node=$(($3 + SLURM_PROCID))' \
+    "$python" "$workdir" "$nodes" "$1" &
 }
-gpus() { if [ "${1:-0}" != 0 ] && [ -n "$1" ]; then echo "--gpus-per-task=$1"; else echo "--export=ALL"; fi; }
+# srun kills its tasks at once when it gets a signal itself; this way they get it, and save.
+stop() { scancel --signal=TERM "$SLURM_JOB_ID" || true; }
+trap stop TERM INT
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-start controller --nodes=1 --ntasks=1 --nodelist="$first" -- "$python" -m areal_jax.controller --workdir "$workdir"
-start rewards-%t --nodes=1 --ntasks="$services" --nodelist="$first" -- \
-  bash -c "exec $python -m areal_jax.rewards --workdir $workdir --index \$SLURM_PROCID"
-start trainer-%t --ntasks="$trainers" "$(gpus "$gpus_per_task")" -- \
-  bash -c "exec $python -m areal_jax.trainer --workdir $workdir --process \$SLURM_PROCID"
-trainer=${steps[-1]}
-start rollout-%t --ntasks="$workers" "$(gpus "$rollout_gpus")" -- \
-  bash -c "exec $rollout_python -m areal_jax.rollout --workdir $workdir --index \$SLURM_PROCID"
+patience=70  # seconds that launchers may differ by at the end of a run
+leave() {  # leave PID: until that step has ended, but no longer than that
+  for ((i = 0; i < patience; i++)); do kill -0 "$1" 2>/dev/null || return 0; sleep 1; done
+  return 1
+}
 
-# Slurm's signal before the time limit, or scancel: the trainer saves a checkpoint, then everything goes.
-trap 'kill -TERM "$trainer" 2>/dev/null || true' TERM INT
+launchers 0 1
+head=$! others=
+[ "$nodes" = 1 ] || { launchers 1 $((nodes - 1)); others=$!; }
+while kill -0 "$head" 2>/dev/null; do
+  if [ -n "$others" ] && ! kill -0 "$others" 2>/dev/null; then
+    others=
+    leave "$head" || { echo "slurm.sh: the launchers of all other nodes have ended; stopping the run" >&2; stop; }
+  fi
+  sleep 1 & wait $! || true  # unlike sleep alone, it ends at once with a signal
+done
 code=0
-wait "$trainer" || code=$?
-while kill -0 "$trainer" 2>/dev/null; do wait "$trainer" || code=$?; done  # a signal interrupts the first wait
-sleep 5  # the others leave by themselves when the run is finished
-for step in "${steps[@]}"; do kill -TERM "$step" 2>/dev/null || true; done
-wait || true
-exit "$code"
+wait "$head" || code=$?
+[ "$code" = 0 ] || stop  # what waits for the first node waits in vain
+[ -z "$others" ] || leave "$others" || { stop; leave "$others" || true; }
+exit "$code"  # and Slurm ends what is left

@@ -93,7 +93,8 @@ async def serve(core: Core, config: dict[str, Any], workdir: Path) -> str | None
         report_silence(workdir, silent.name, Silence(silent.host, silent.pid, silent.seconds, silent.phase))
 
     async with insist(lambda: Server(core.config.address, "controller", workdir), limit, sleep=wait) as server:
-        service = Service(core, server, journal=journal, on_silence=on_silence)
+        farewell = config["launch"]["stop_grace"]  # as long as the trainer may take to save
+        service = Service(core, server, journal=journal, on_silence=on_silence, farewell=farewell)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.end, f"the controller got {number.name}")

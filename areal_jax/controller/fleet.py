@@ -32,7 +32,8 @@ class Worker:
 
 @dataclass
 class Fleet:
-    """`rolling`: workers load a version one after another, so that the fleet never stands still.
+    """`rolling`: workers load a version one after another, so that the fleet never stands still; a large fleet, where
+    that would take longer than a training step, an eighth of it at once.
 
     `oversubscription`: samples per slot that a worker is given. Above 1 because a sample that is being verified still
     counts here while its slot in the engine is free again, and because the next one needs time to arrive; but little
@@ -74,8 +75,8 @@ class Fleet:
         new = [worker for worker in behind if worker.version < 0]
         if not self.rolling:
             return behind
-        busy = any(
+        busy = sum(
             w.updating is not None and w.version >= 0 and now - w.updating_since < self.update_limit for w in self
         )
         old = sorted((worker for worker in behind if worker.version >= 0), key=lambda worker: worker.version)
-        return new if busy else new + old[:1]
+        return new + old[: max(0, max(1, len(self.workers) // 8) - busy)]

@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 LONG_POLL = 1.0  # seconds a request may wait for its answer before `NotReady`
 JOURNAL_EVERY = 1.0  # seconds of work that a killed controller may cost
 LAST_WORDS = 5.0  # seconds after the end in which others still get answers
-FAREWELL = 60.0  # seconds after being told to end in which a trainer may still fetch the state for its last checkpoint
 
 
 class Service:
     """Runs `core` behind `server` until the run is over, has failed, or `end` is called.
 
     With a `journal`, what must survive this process is written before anyone is told. GetBatch and Evaluate are held
-    for a second, and answered at once when there is something. `on_silence` is told of processes that hang.
+    for a second, and answered at once when there is something. `on_silence` is told of processes that hang. `farewell`:
+    seconds after being told to end in which a trainer may still fetch the state for its last checkpoint.
 
     When the journal cannot be written (a full disk), nobody is told anything that it would have to hold: the trainer
     gets NotReady, no batch leaves, and so the staleness gate closes. It is tried again and again, for
@@ -41,8 +41,9 @@ class Service:
         clock: Callable[[], float] = time.monotonic,
         journal: Journal | None = None,
         on_silence: Callable[[Silent], None] = lambda silent: None,
+        farewell: float = 60.0,
     ):
-        self._on_silence = on_silence
+        self._on_silence, self._farewell = on_silence, farewell
         self.core, self.server, self._clock, self._journal = core, server, clock, journal
         self._journaled_at, self._dirty = clock(), False
         self._disk, self._tried_at = Waiting(core.config.disk_limit), 0.0
@@ -81,7 +82,7 @@ class Service:
         if self._end_at is None:
             self.core.shutdown(reason)
             now = self._clock()
-            self._end_at, self._stay_until = now + 0.5, now + FAREWELL
+            self._end_at, self._stay_until = now + 0.5, now + self._farewell
 
     async def _receive(self) -> None:
         """Handles what has arrived, then acts on it once: samples that end together are reported together."""

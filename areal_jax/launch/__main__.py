@@ -4,10 +4,12 @@
   --config.KEY=VALUE     change one setting, e.g. --config.controller.max_staleness=0
   --workdir=DIR          the run's folder; the same folder and settings again go on with that run
   --dry_run              check everything, start nothing, write nothing
-  --prepare              check everything and write the run's folder, for roles that something else starts (Slurm)
+  --prepare              check everything and write the run's folder, for what is started elsewhere (Slurm)
+  --nodes=N              the run is on so many nodes of a cluster
+  --node=I               with --nodes: start node I's part of the prepared run in --workdir; node 0 has the controller
 
 Everything is checked before any process starts. Exit codes: 0 finished, 1 failed, 2 something is wrong with the
-settings (one line says what), 130 stopped by a signal.
+settings (one line says what), 130 stopped by a signal (the same command goes on from the checkpoint).
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ def main(arguments: list[str]) -> int:
         from areal_jax.launch import session
         from areal_jax.launch.validate import validate
 
+        if command.config is None:
+            return session.run_node(command.workdir, command.node, command.nodes)
         said = functools.partial(print, "areal_jax:", flush=True)
-        config = validate(command.config, said, here=not command.prepare)
+        nodes = command.nodes or (0 if command.prepare else 1)
+        config = validate(command.config, said, here=not command.prepare, nodes=nodes)
         if command.dry_run:
             print(f"areal_jax: '{config['name']}' can start")
             return 0

@@ -3,7 +3,7 @@
     --config=FILE                      a Python file with `get_config()`, from `areal_jax.config.default_config()`
     --config.trainer.steps=20          one setting; tuples and dicts are written as in Python
     --config.rollout.engine_args.x=1   a key of a free-form dict
-    --workdir=DIR --dry_run --prepare
+    --workdir=DIR --dry_run --prepare --nodes=N --node=I
 
 An option given twice counts the last time. Everything that is wrong raises `ConfigError`, one line.
 """
@@ -29,15 +29,18 @@ _FREE_FORM = object()
 class Command:
     """What the command line asks for."""
 
-    config: ConfigDict
+    config: ConfigDict | None  # None: that of the prepared run, of which one node is to be started
     workdir: str | None = None
     dry_run: bool = False
     prepare: bool = False
+    nodes: int = 0  # of a cluster; 0: none were named
+    node: int = -1  # -1: none
 
 
 def parse(arguments: Sequence[str]) -> Command | None:
     """The command that `arguments` (without the program's name) give; None when they ask for help."""
     options: dict[str, Any] = {"dry_run": False, "prepare": False, "workdir": None, "config": None}
+    options |= {"nodes": 0, "node": -1}
     changes = []
     words = list(arguments)
     while words:
@@ -56,16 +59,32 @@ def parse(arguments: Sequence[str]) -> Command | None:
             value = words.pop(0)
         if name.startswith("config."):
             changes.append((name.removeprefix("config."), value))
+        elif name in ("nodes", "node"):
+            if not value.isdecimal() or int(value) < (name == "nodes"):
+                raise ConfigError(f"--{name}={value}: nodes are counted from 1, and numbered from 0")
+            options[name] = int(value)
         elif name in options:
             options[name] = value
         else:
-            raise ConfigError(f"unknown option --{name}; known: --config, --workdir, --dry_run, --prepare")
+            known = ", ".join(f"--{name}" for name in options)
+            raise ConfigError(f"unknown option --{name}; known: {known}")
+    options["config"] = _config(options, changes)
+    return Command(**options)
+
+
+def _config(options: dict[str, Any], changes: Sequence[tuple[str, str]]) -> ConfigDict | None:
+    if options["node"] >= 0:
+        if options["config"] is not None or changes:
+            raise ConfigError("--node starts a part of a prepared run: its settings are given with --prepare")
+        if not options["nodes"]:
+            raise ConfigError("--node needs --nodes as well: how many there are")
+        return None
     if options["config"] is None:
         raise ConfigError("no config given: --config=configs/quickstart.py")
     config = load_file(options["config"])
     for key, value in changes:
         change(config, key, value)
-    return Command(config, options["workdir"], options["dry_run"], options["prepare"])
+    return config
 
 
 def load_file(path: str) -> ConfigDict:

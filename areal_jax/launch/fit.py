@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from areal_jax.config import ConfigError, section
+from areal_jax.launch.nodes import share_of
 from areal_jax.launch.roles import visible_gpus
 from areal_jax.trainer import memory
 from areal_jax.trainer.config import TrainerConfig
@@ -33,25 +34,36 @@ def gpu_memory() -> list[int]:
     return [found[gpu] for gpu in gpus] if all(gpu in found for gpu in gpus) else []
 
 
-def check_memory(config: Mapping[str, Any], gpus: Sequence[int]) -> None:
+def check_memory(config: Mapping[str, Any], gpus: Sequence[int], nodes: int = 1) -> None:
     """Raises `ConfigError`, in one line, when the model does not fit `gpus` (bytes of each on this machine).
 
-    Says nothing without GPUs, about trainers of several processes (whose other hosts are not known), and about what
-    shares a GPU with something else.
+    Of a run on several `nodes`, all are taken to be like this one. Says nothing without GPUs, about several trainer
+    processes whose nodes are not known (0), and about what shares a GPU with something else.
     """
     from areal_jax.models.config import ModelConfig
 
     launch, rollout, trainer = config["launch"], config["rollout"], section(TrainerConfig, config["trainer"])
     env = os.environ | launch["env"] | launch["trainer_env"]
-    each, workers = launch["rollout_gpus"], rollout["workers"]
+    each = launch["rollout_gpus"]
     if not gpus or "cpu" in str(env.get("JAX_PLATFORMS", "")):
         return
     model = ModelConfig.from_hf(config["model"])
+    shares = [share_of(config, node, nodes) for node in range(nodes)]
+    workers = max((len(share.workers) for share in shares), default=1)
     if each and rollout["engine"] == "vllm":
         check_engine(model, rollout, each, min(gpus[: each * workers]))
-    left = list(gpus[each * workers :])
-    if trainer.processes == 1 and left and (each or rollout["engine"] == "jax"):
-        check_trainer(model, trainer, left, float(env.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _JAX_TAKES)))
+    elif rollout["engine"] == "vllm" and workers > 1 and "gpu_memory_utilization" not in rollout["engine_args"]:
+        raise ConfigError(
+            f"launch.rollout_gpus=0 lets {workers} rollout workers of one machine use the same GPU, of which vLLM "
+            f"takes {_VLLM_TAKES:.0%}: set launch.rollout_gpus, or gpu_memory_utilization in rollout.engine_args"
+        )
+    if not shares:
+        return
+    trainers = len(shares[0].trainers)  # the first node trains in any case
+    left = list(gpus[each * len(shares[0].workers) :])
+    if len(left) >= trainers and (each or rollout["engine"] == "jax" or not shares[0].workers):
+        devices, fraction = len(left) // trainers * trainer.processes, env.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+        check_trainer(model, trainer, [min(left)] * devices, float(fraction or _JAX_TAKES))
 
 
 def check_trainer(model: Any, trainer: TrainerConfig, gpus: Sequence[int], fraction: float = _JAX_TAKES) -> None:

@@ -7,7 +7,8 @@ weights that killed processes left on disk or pulled from another host, scratch 
 addresses of servers that are gone. Until then it imports next to nothing.
 
 It inherits the launcher's lock of the run's folder, so that nobody starts the run again while it is at work, and writes
-into it that the run is about to be over.
+into it that the run is about to be over. On a cluster one node's launcher has the lock; elsewhere only what is on the
+node itself is removed.
 """
 
 import contextlib
@@ -105,6 +106,8 @@ if __name__ == "__main__":
     from areal_jax.transport.endpoints import forget_endpoints
     from areal_jax.weights import cleanup
 
-    cleanup(sys.argv[2])
+    alone = len(sys.argv) > 3  # else another node's launcher holds the run's folder, and the run may go on there
+    cleanup(sys.argv[2], disk=alone)
     sweep_folders()
-    forget_endpoints(sys.argv[2])
+    if alone:
+        forget_endpoints(sys.argv[2])

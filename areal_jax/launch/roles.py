@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from areal_jax.config import ConfigError
+from areal_jax.launch.nodes import Share, share_of
 from areal_jax.launch.supervisor import Role, own_env
 
 # On CPUs, XLA takes and returns large buffers in every step. glibc would give them back to the kernel each time, and a
@@ -21,14 +22,18 @@ KEEP_BUFFERS = {
 }  # fmt: skip
 
 
-def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[list[Role], list[str]]:
-    """(every role of the run, the names of the leaders: when they have ended, the run has).
+def roles_of(
+    config: Mapping[str, Any], workdir: str | os.PathLike, share: Share | None = None
+) -> tuple[list[Role], list[str]]:
+    """(the roles of this node's `share` of the run, by default all; the names of the leaders: when they have ended, the
+    run has). There are no leaders where nothing trains.
 
     `config` is as from `areal_jax.config.resolve`. Raises `ConfigError` if there are fewer GPUs than asked for.
     """
+    share = share or share_of(config)
     launch, workdir = config["launch"], os.path.abspath(workdir)
     base = _base_env(config)
-    gpus = GpuShares(launch["rollout_gpus"], config["rollout"]["workers"], config["trainer"]["processes"])
+    gpus = GpuShares(launch["rollout_gpus"], len(share.workers), len(share.trainers))
     keepers = ("trainer", "rollout") if config["rollout"]["engine"] == "jax" else ("trainer",)
     keepers = () if visible_gpus() else keepers
 
@@ -41,21 +46,23 @@ def roles_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[lis
 
     restarts = launch["restarts"]
     no_gpu = {"JAX_PLATFORMS": "cpu"}
-    roles = [role("controller", "controller", [], no_gpu, restarts=restarts, announces=True)]
-    for i in range(config["rewards"]["services"]):
+    roles = []
+    if share.controller:
+        roles.append(role("controller", "controller", [], no_gpu, restarts=restarts, announces=True))
+    for i in share.services:
         name = f"rewards-{i}"
         options = {"restarts": restarts, "peers": "rewards", "announces": True}
         roles.append(role("rewards", name, ["--index", str(i)], no_gpu, **options))
     leaders = []
-    for i in range(config["trainer"]["processes"]):
+    for place, i in enumerate(share.trainers):
         name = f"trainer-{i}"
         leaders.append(name)
-        extra = gpus.trainer(i) | launch["trainer_env"]
+        extra = gpus.trainer(place) | launch["trainer_env"]
         # Several JAX processes are one program: when one dies the others cannot go on, so none is restarted alone.
         again = launch["trainer_restarts"] if config["trainer"]["processes"] == 1 else 0
         roles.append(role("trainer", name, ["--process", str(i)], extra, restarts=again))
-    for i in range(config["rollout"]["workers"]):
-        extra = gpus.rollout(i) | launch["rollout_env"]
+    for place, i in enumerate(share.workers):
+        extra = gpus.rollout(place) | launch["rollout_env"]
         options = {"restarts": restarts, "nice": launch["rollout_nice"], "peers": "rollout"}
         roles.append(role("rollout", f"rollout-{i}", ["--index", str(i)], extra, **options))
     return roles, leaders
@@ -75,27 +82,30 @@ def as_role() -> None:
 
 
 class GpuShares:
-    """CUDA_VISIBLE_DEVICES of each role: the first GPUs to the rollout workers, what is left to the trainer."""
+    """CUDA_VISIBLE_DEVICES of each role of this machine: the first GPUs to the rollout workers, what is left to the
+    trainer, whose processes share it out. Without `each`, workers see all GPUs, as does a trainer of one process."""
 
     def __init__(self, each: int, workers: int, trainers: int):
-        self._each, self._workers, self._trainers = each, workers, trainers
-        self._gpus = visible_gpus() if each else []
+        self._each, self._trainers = each, trainers
+        self._gpus = visible_gpus() if each or trainers > 1 else []
         self._left = self._gpus[each * workers :]
-        if each and len(self._left) < trainers:
+        if each and (len(self._left) < trainers or each * workers > len(self._gpus)):
             raise ConfigError(
-                f"launch.rollout_gpus={each} with rollout.workers={workers} leaves {len(self._left)} of "
-                f"{len(self._gpus)} GPUs to {trainers} trainer process(es)"
+                f"launch.rollout_gpus={each} with {workers} rollout worker(s) on this machine leaves {len(self._left)} "
+                f"of {len(self._gpus)} GPUs to {trainers} trainer process(es)"
+                + ("" if self._gpus else "; under Slurm, ask for them: sbatch --gpus-per-node=8")
             )
 
     def rollout(self, index: int) -> dict[str, str]:
-        return self._env(self._gpus[index * self._each : (index + 1) * self._each])
+        return self._env(self._gpus[index * self._each : (index + 1) * self._each], self._each > 0)
 
     def trainer(self, index: int) -> dict[str, str]:
         share = len(self._left) // self._trainers
-        return self._env(self._left[index * share : (index + 1) * share])
+        return self._env(self._left[index * share : (index + 1) * share], self._each > 0 or share > 0)
 
-    def _env(self, gpus: list[str]) -> dict[str, str]:
-        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if self._each else {}
+    @staticmethod
+    def _env(gpus: list[str], shared_out: bool) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if shared_out else {}
 
 
 def visible_gpus() -> list[str]:

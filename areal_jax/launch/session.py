@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +21,8 @@ from areal_jax import disk
 from areal_jax.config import ConfigError
 from areal_jax.launch import summary
 from areal_jax.launch.guardian import ENDING, RUNNING, TIDY_SECONDS
+from areal_jax.launch.installed import check_installed
+from areal_jax.launch.nodes import Share, share_of
 from areal_jax.launch.roles import roles_of
 from areal_jax.launch.supervisor import Outcome, Supervisor, diagnosis, log_tail
 from areal_jax.launch.view import make_view
@@ -30,13 +35,17 @@ _KEYS_MAY_CHANGE = {
     "trainer": {
         "steps", "checkpoint_every", "keep_checkpoints", "batch_timeout", "eval_every", "processes",
         "data_parallel", "fsdp", "tensor", "expert", "rows", "remat", "layers", "max_segments",
+        "weights_transport",
     },
-    "rollout": {"workers", "python", "weights_timeout", "slots", "steps_per_dispatch"},
+    "rollout": {
+        "workers", "python", "weights_timeout", "slots", "steps_per_dispatch", "rolling_updates", "engine_args",
+    },
     "rewards": {"services", "processes", "address", "timeout"},
     "controller": {
         "address", "heartbeat_limit", "heartbeat_seconds", "progress_limit", "disk_limit", "max_attempts",
     },
 }  # fmt: skip
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def prepare(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
@@ -54,6 +63,7 @@ def prepare(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _lock(workdir, config["launch"]["stop_grace"] + TIDY_SECONDS):
+            _forget_processes(workdir)
             configs.save(config, workdir)
             make_keys(workdir)
             disk.reserve(workdir)
@@ -62,14 +72,14 @@ def prepare(config: Mapping[str, Any], workdir: str | os.PathLike) -> None:
         raise ConfigError(f"the folder {workdir} cannot be used: {error.strerror}") from None
 
 
-def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
-    """Start all roles of the prepared run in `workdir` and stay until its end; returns the exit code."""
+def run(config: Mapping[str, Any], workdir: str | os.PathLike, share: Share | None = None) -> int:
+    """Start all roles of the prepared run in `workdir`, or `share` of them, and stay until its end; returns the exit
+    code."""
     workdir = Path(workdir)
     try:
         grace = config["launch"]["stop_grace"]
         with _lock(workdir, grace + TIDY_SECONDS) as lock:
-            _forget_processes(workdir)
-            roles, leaders = roles_of(config, workdir)
+            roles, leaders = roles_of(config, workdir, share)
             started = time.time()
             view = make_view(config, workdir)
             limit = config["launch"]["announce_limit"]
@@ -87,6 +97,30 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike) -> int:
     except ConfigError as error:
         print(f"areal_jax: error: {error}", file=sys.stderr)
         return 2
+
+
+def run_node(workdir: str | os.PathLike, node: int, nodes: int) -> int:
+    """Start node `node`'s roles of the run prepared in `workdir`, and stay until their end; returns the exit code.
+
+    The first node is the run's launcher: it holds the folder, shows how the run goes, and says how it ended. Raises
+    `ConfigError`.
+    """
+    config = configs.load(workdir)
+    share = share_of(config, node, nodes)
+    check_installed(config)
+    if node == 0:
+        return run(config, workdir, share)
+    roles, leaders = roles_of(config, workdir, share)
+    tell = functools.partial(print, f"areal_jax: node {node} ({socket.gethostname()}):", file=sys.stderr, flush=True)
+    launch = config["launch"]
+    supervisor = Supervisor(
+        roles, leaders, workdir, grace=launch["stop_grace"], guardian_restarts=launch["restarts"], tell=tell,
+        announce_limit=launch["announce_limit"], record=f"restarts-node{node}.jsonl",
+    )  # fmt: skip
+    outcome = supervisor.run()
+    log = f"see {Path(workdir) / 'logs' / outcome.role}.log" if outcome.role else ""
+    tell("; ".join(filter(None, (outcome.status, outcome.reason, log))))
+    return outcome.exit_code
 
 
 def report(outcome: Outcome, workdir: Path, started: float, restarts: int) -> int:
@@ -162,11 +196,14 @@ def _lock(workdir: Path, patience: float) -> Iterator[int]:
 
 
 def take_lock(file: IO) -> bool:
-    """Whether the run's folder is ours now, by its open `launch.lock`; another launcher or guardian may have it."""
+    """Whether the run's folder is ours now, by its open `launch.lock`; another launcher or guardian may have it.
+
+    A file system without locks (Lustre, unless mounted with flock) gives it to everybody: only this check is lost.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in _NO_LOCKS
     return True
 
 

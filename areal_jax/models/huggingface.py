@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 from areal_jax.models import lora as lora_lib
 from areal_jax.models.config import ModelConfig, ModelError
 from areal_jax.models.files import INDEX, WHOLE, is_redundant, weight_files
+from areal_jax.models.gather import host_pieces
 from areal_jax.models.model import Model, Params, add_lora
 from areal_jax.models.tables import flatten, rows, unflatten
 
@@ -52,9 +52,9 @@ def to_hf(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters as checkpoint tensors, one at a time, in the order of `hf_tensor_specs`.
 
-    Each parameter is cast on its device and fetched once, all layers together; the tensors are views of it. Adapters
-    are merged. With several processes all must iterate: sharded parameters are gathered. `timings["gather"]`, where
-    given, grows by the seconds that this takes: bringing the shards together and to the host.
+    Each parameter is cast on its device and fetched once; the tensors are views of it. Adapters are merged. With
+    several processes all must iterate: sharded parameters are gathered, some layers at a time, and the first process
+    has them. `timings["gather"]`, where given, grows by the seconds that this takes.
     """
     dtype = jnp.dtype(dtype)
     flat = flatten(lora_lib.merge(model, params))
@@ -63,21 +63,13 @@ def to_hf(
         value = flat[row.path]
         if value.dtype != dtype:
             value = jax.block_until_ready(value.astype(dtype))
-        start = time.perf_counter()
-        value = _fetch(value)
-        timings["gather"] = timings.get("gather", 0.0) + time.perf_counter() - start
-        shape = row.hf_shape(value.shape)
-        for name, index in row.names(value.shape):
-            yield name, value[index].reshape(shape)
-
-
-def _fetch(x: jax.Array) -> np.ndarray:
-    """The whole of `x` on this host."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
+        names, shape = list(row.names(value.shape)), row.hf_shape(value.shape)
+        for first, piece in host_pieces(value, bool(row.counted), timings):
+            for name, index in names:
+                if not index:
+                    yield name, piece.reshape(shape)
+                elif first <= index[0] < first + len(piece):
+                    yield name, piece[(index[0] - first, *index[1:])].reshape(shape)
 
 
 def from_hf(

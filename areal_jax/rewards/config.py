@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardsConfig:
-    services: int = 1  # service processes on this machine
+    services: int = 1  # service processes, on all nodes together
     processes: int = 1  # verifier processes per service
     verifiers: tuple = ("areal_jax.rewards:verify_math",)  # import paths
     weights: tuple = (1.0,)

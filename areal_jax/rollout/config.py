@@ -6,7 +6,7 @@ import dataclasses
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     engine: str = "jax"  # "jax" (embedded) or "vllm"
-    workers: int = 1  # processes on this machine
+    workers: int = 1  # processes, on all nodes together
     slots: int = 64  # sequences generated at once per worker
     max_length: int = 256  # prompt and new tokens together
     max_new_tokens: int = 128
@@ -17,7 +17,7 @@ class RolloutConfig:
     eval_temperature: float = 0.0  # 0: greedy
     kv_policy: str = "recompute"  # on new weights: "recompute" caches (the paper) or "keep" them
     interruptible: bool = True  # False: finish running sequences before loading new weights
-    rolling_updates: bool = True  # workers load one after another, so that the fleet never stands still
+    rolling_updates: bool = True  # one worker, or an eighth of many, loads at a time: the fleet never stands still
     exact: str = "sync"  # embedded engine: bits do not depend on the schedule: "sync" (where η = 0), "always", "never"
     steps_per_dispatch: int = 8  # embedded engine: decode steps per dispatch
     workflow: str = "areal_jax.rollout.workflows:SingleTurn"  # import path

@@ -32,8 +32,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _WATCH_SECONDS = 0.5  # how often the engine's process is looked at
 _GRACE_SECONDS = 1.0  # for vLLM to end by itself; its CPU build needs ten, and then is killed as well
-# What the promises about log-probs, versions and weights rest on; not for `engine_args`.
-_FIXED = ("model", "max_model_len", "max_num_seqs", "logprobs_mode", "weight_transfer_config", "worker_extension_cls")
+# What the promises about log-probs, versions and weights rest on, or (a seed) each worker has its own of; not for
+# `engine_args`.
+_FIXED = (
+    "model", "dtype", "seed", "max_model_len", "max_num_seqs", "logprobs_mode", "weight_transfer_config",
+    "worker_extension_cls",
+)  # fmt: skip
 
 
 def check_args(engine_args: Mapping[str, Any], known: set[str]) -> None:

@@ -8,7 +8,6 @@ end of the output says what it was.
 import argparse
 import contextlib
 import logging
-import os
 import signal
 import sys
 
@@ -18,7 +17,7 @@ from areal_jax.exits import CANNOT_GO_ON, TOLD_TO_STOP, WRONG_SETTING
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m areal_jax.trainer", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True, help="the run's folder, with config.json")
-    parser.add_argument("--process", type=int, default=int(os.environ.get("SLURM_PROCID", 0)), help="JAX process index")
+    parser.add_argument("--process", type=int, default=0, help="JAX process index")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("absl", "jax", "orbax"):

@@ -13,6 +13,7 @@ import numpy as np
 from areal_jax.disk import NO_ROOM, RETRY_SECONDS
 from areal_jax.metrics.clock import Clock
 from areal_jax.transport import messages as m
+from areal_jax.transport.endpoints import split_address
 from areal_jax.transport.errors import EndpointMissing, RequestTimeout, TransportError
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.transport.sockets import HeartbeatThread, SyncClient
@@ -181,7 +182,8 @@ class BackgroundPublisher:
         # Longer than all that the thread itself waits for: a disk, and a controller that is replaced meanwhile.
         self._join_limit = 2 * patience + 4 * limit
         self._doing = ""
-        self.publisher = Publisher(workdir, transport=transport, address=address)
+        host, _ = split_address(address)  # a port of its own, on the same network: the controller may have a fixed one
+        self.publisher = Publisher(workdir, transport=transport, address=f"tcp://{host}:*")
         self.manifest: m.Manifest | None = None
         self.timings: dict[str, float] = {}
         self._workdir = workdir

@@ -7,6 +7,7 @@ Keys are made once per run by `make_keys`: one pair for all servers, one for all
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import secrets
 import socket
@@ -38,7 +39,9 @@ def read_endpoint(workdir: str | Path, name: str) -> str | None:
     """The endpoint that server `name` announced last, or None."""
     try:
         return (Path(workdir) / "endpoints" / name).read_text() or None
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the second: of NFS, while another host replaces it
+            raise
         return None
 
 
@@ -69,7 +72,9 @@ def _starting(workdir: str | Path, name: str) -> Path:
 def _mark(path: Path) -> object:
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
         return None
     return found.st_ino, found.st_mtime_ns
 

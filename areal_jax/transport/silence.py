@@ -7,6 +7,7 @@ process, and starts another as after any death.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import msgspec
@@ -39,7 +40,11 @@ def take_silence(workdir: str | Path, name: str) -> Silence | None:
     path = Path(workdir) / "silent" / name
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Silence)
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except msgspec.MsgspecError:
         found = None
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the second: of NFS, while another host replaces it
+            raise
+        return None
     path.unlink(missing_ok=True)
     return found

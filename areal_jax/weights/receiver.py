@@ -21,6 +21,7 @@ import numpy as np
 from areal_jax.transport.endpoints import is_loopback, load_keys
 from areal_jax.transport.messages import Manifest, TensorSpec
 from areal_jax.weights import store
+from areal_jax.weights.copies import from_disk
 from areal_jax.weights.store import WeightsRefused
 from areal_jax.weights.tcp import pull
 
@@ -52,6 +53,8 @@ def open_version(
     here, path = host or socket.gethostname(), Path(manifest.path)
     if manifest.transport == "disk":
         _wait_for(path, manifest, timeout)
+        if here != manifest.host and workdir is not None:
+            path = from_disk(manifest, path, store.run_folder(workdir, shared_memory), timeout=timeout)
     elif here != manifest.host or not os.path.exists(path):  # its publisher has died, or is another user's
         path = _pull(manifest, here, workdir, timeout, shared_memory)
     version = OpenVersion(manifest, path)

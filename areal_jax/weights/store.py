@@ -99,14 +99,15 @@ def disk_folder(workdir: str | os.PathLike) -> Path:
     return Path(workdir).resolve() / "weights"
 
 
-def cleanup(workdir: str | os.PathLike, root: Path = SHARED_MEMORY) -> list[Path]:
-    """Remove everything that a run left in shared memory and in `workdir/weights`; returns the folders removed.
+def cleanup(workdir: str | os.PathLike, root: Path = SHARED_MEMORY, *, disk: bool = True) -> list[Path]:
+    """Remove everything that a run left in this host's shared memory and, on `disk`, in `workdir/weights`; returns the
+    folders removed.
 
     Safe at any time: processes that map a version keep it until they let go. Call it when a run has ended, or before a
     new one in the same workdir.
     """
     removed = []
-    for folder in (run_folder(workdir, root), disk_folder(workdir)):
+    for folder in (run_folder(workdir, root), *([disk_folder(workdir)] if disk else [])):
         if folder.is_dir() and folder.lstat().st_uid == os.getuid():
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)

@@ -1,24 +1,18 @@
 """Versions of the weights between hosts: a byte server beside the publisher, and a puller on every other host.
 
-A host pulls a version once: the first worker that needs it takes a lock and writes it into the host's own shared
-memory, the others wait and map the same file. What was already pulled when a connection (or the puller) died is kept:
-the next one goes on from there. With keys in the run's folder the connection is encrypted and only the run's clients
-are served; without them only loopback addresses are.
+With keys in the run's folder the connection is encrypted and only the run's clients are served; without them only
+loopback addresses are.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import fcntl
 import logging
 import os
-import shutil
 import struct
 import threading
 import time
 from pathlib import Path
-from typing import IO
 
 import zmq
 
@@ -26,6 +20,7 @@ from areal_jax.transport.endpoints import Keys, admission, encrypt, is_loopback,
 from areal_jax.transport.errors import KeysMissing
 from areal_jax.transport.messages import Manifest
 from areal_jax.weights import store
+from areal_jax.weights.copies import copy_of
 from areal_jax.weights.store import WeightsRefused
 
 log = logging.getLogger(__name__)
@@ -46,7 +41,7 @@ class ByteServer:
         self._files: dict[bytes, tuple[int, int]] = {}  # name -> (file descriptor, size)
         self.refused = 0  # messages that are no request
         self._lock = threading.Lock()
-        self._context = zmq.Context()
+        self._context = zmq.Context(min(8, os.cpu_count() or 1))  # its threads encrypt, each for some of the hosts
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 1024)
@@ -113,74 +108,9 @@ class ByteServer:
 
 
 def pull(manifest: Manifest, folder: Path, *, timeout: float, keys: Keys | None = None) -> Path:
-    """This host's own copy of a version, pulled unless it is there; its checksums are the caller's to compare.
-
-    The last process of this host that pulled removes `folder` when it exits.
-
-    Args:
-      folder: where this host keeps its copies (`store.run_folder`); two newest are kept.
-      timeout: seconds without any progress, here or by whoever else pulls, after which `WeightsRefused` is raised.
-    """
-    _use(folder)
-    path = folder / store.file_name(manifest.version, manifest.tensors)
-    with _only_one(folder / "pulling", path, timeout) as must:
-        if must:
-            part = path.with_suffix(".part")
-            for stale in folder.glob("*.part"):
-                if stale != part:
-                    stale.unlink()
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb", closefd=True) as file:
-                file.seek(0, os.SEEK_END)
-                _fetch(manifest, path.name, file, timeout, keys)
-            part.replace(path)
-            for old in sorted(folder.glob("v*.weights"))[:-2]:
-                if old != path:
-                    old.unlink()
-    return path
-
-
-_used: dict[Path, IO[bytes]] = {}  # folders that this process pulls into, each with a file that it has locked
-
-
-def _use(folder: Path) -> None:
-    """Make the folder, and see to its removal by the last process that uses it; if that is killed, by the next pull of
-    any run on this host."""
-    if folder in _used and folder.exists():
-        return
-    store.sweep(folder.parent)
-    while True:
-        with contextlib.suppress(FileNotFoundError):  # swept away before the lock was ours
-            users = store.make_private(folder) / store.USERS
-            _used[folder] = users.open("wb")  # open for as long as this process lives
-            fcntl.flock(_used[folder], fcntl.LOCK_SH)
-            if users.stat().st_ino == os.fstat(_used[folder].fileno()).st_ino:
-                break
-
-    @atexit.register
-    def leave() -> None:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(_used[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _only_one(lock: Path, path: Path, timeout: float):
-    """Whether the caller must pull `path`: False once somebody else on this host has."""
-    deadline, size = time.monotonic() + timeout, -1
-    with open(lock, "wb") as file:
-        while not path.exists():
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            grown = 0
-            with contextlib.suppress(FileNotFoundError):  # it is not begun, or has just become `path`
-                grown = path.with_suffix(".part").stat().st_size
-            if grown != size:
-                deadline, size = time.monotonic() + timeout, grown
-            if time.monotonic() > deadline:
-                raise WeightsRefused(f"{path.name}: another process of this host pulls it, without progress")
-            time.sleep(0.02)
-        yield not path.exists()
+    """This host's own copy of a version, pulled unless it is there; see `copies.copy_of`."""
+    name = store.file_name(manifest.version, manifest.tensors)
+    return copy_of(manifest, folder, lambda file: _fetch(manifest, name, file, timeout, keys), timeout=timeout)
 
 
 def _fetch(manifest: Manifest, name: str, file, timeout: float, keys: Keys | None) -> None:

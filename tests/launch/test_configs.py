@@ -10,6 +10,7 @@ import pytest
 
 from areal_jax.config import resolve, section
 from areal_jax.launch import fit
+from areal_jax.launch.nodes import check_nodes, share_of
 from areal_jax.launch.validate import check_settings
 from areal_jax.models import Model, ModelConfig
 from areal_jax.trainer import memory
@@ -84,6 +85,20 @@ def test_the_model_fits_the_stated_gpus(name):
     assert room / longest > 8, "an engine should run more than a few of the longest answers at once"
 
 
+@pytest.mark.parametrize("name", ALL_GPUS)
+def test_every_gpu_of_every_node_is_used_and_tensor_parallel_devices_are_on_one_node(name):
+    _, config = load(next(path for path in CONFIGS if path.stem == name))
+    for part in ("controller", "rewards"):
+        config[part]["address"] = "tcp://0.0.0.0:*"  # as launch/slurm.sh does
+    check_nodes(config, ALL_GPUS[name] // 8)
+    per_process = TRAINER_GPUS[name] // config["trainer"]["processes"]
+    for node in range(ALL_GPUS[name] // 8):
+        share = share_of(config, node, ALL_GPUS[name] // 8)
+        training = len(share.trainers) * per_process
+        assert training + len(share.workers) * config["launch"]["rollout_gpus"] == 8
+        assert training % config["trainer"]["tensor"] == 0
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_docstring_says_the_hardware_the_command_and_the_published_result(name):
     module, config = load(next(path for path in CONFIGS if path.stem == name))
@@ -92,7 +107,7 @@ def test_the_docstring_says_the_hardware_the_command_and_the_published_result(na
     assert f"configs/{name}.py" in said[said.index("Command:") : said.index("Hardware:")]
     nodes = re.search(r"(\d+) nodes of 8 GPUs with 80 GB", said)
     if nodes:
-        assert f"sbatch --nodes={nodes[1]} " in said and int(nodes[1]) * 8 == ALL_GPUS[name]
+        assert f"sbatch --nodes={nodes[1]} --gpus-per-node=8 " in said and int(nodes[1]) * 8 == ALL_GPUS[name]
     else:
         assert ALL_GPUS[name] == 8 and re.search(r"\b8 GPUs (?:of|with) 80 GB", said)
 

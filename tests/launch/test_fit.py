@@ -42,6 +42,16 @@ def test_jax_may_be_given_more_of_a_gpu(config):
     fit.check_memory(resolve(config), [64 * GIB] * 8)
 
 
+def test_nodes_that_only_train_have_all_their_gpus(config):
+    config.update_from_flattened_dict({"launch.trainer_nodes": 1, "rollout.workers": 4, "trainer.row_length": 32_768})
+    fit.check_memory(resolve(config), [80 * GIB] * 8, nodes=2)
+    config.trainer.fsdp, config.trainer.rows = 16, 16
+    with pytest.raises(ConfigError, match="do not fit 8 devices"):
+        fit.check_memory(resolve(config), [80 * GIB] * 8, nodes=2)
+    config.update_from_flattened_dict({"launch.trainer_nodes": 2, "trainer.processes": 2})
+    fit.check_memory(resolve(config), [80 * GIB] * 8, nodes=3)
+
+
 def test_an_engine_must_hold_the_weights_and_one_sequence(config):
     with pytest.raises(ConfigError, match=r"a rollout worker needs about .*weights 14\.2.* of 1 GPUs of 16 GiB"):
         fit.check_memory(resolve(config), [16 * GIB] * 4 + [80 * GIB] * 4)
@@ -50,6 +60,14 @@ def test_an_engine_must_hold_the_weights_and_one_sequence(config):
         fit.check_memory(resolve(config), [80 * GIB] * 8)
     config.launch.rollout_gpus = 2
     fit.check_memory(resolve(config), [16 * GIB] * 8 + [80 * GIB] * 4)
+
+
+def test_workers_that_would_share_a_gpu_unawares_are_refused(config):
+    config.launch.rollout_gpus = 0
+    with pytest.raises(ConfigError, match=r"4 rollout workers of one machine use the same GPU.*launch\.rollout_gpus"):
+        fit.check_memory(resolve(config), [80 * GIB] * 8)
+    config.rollout.engine_args = {"gpu_memory_utilization": 0.2}
+    fit.check_memory(resolve(config), [80 * GIB] * 8)
 
 
 def test_nothing_is_said_without_knowledge(config, monkeypatch):

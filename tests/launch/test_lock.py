@@ -1,5 +1,8 @@
 """One launcher at a time holds a run's folder, and a killed one holds it until nothing of its run is left."""
 
+import contextlib
+import errno
+import os
 import subprocess
 import sys
 import textwrap
@@ -90,3 +93,14 @@ def test_the_next_start_waits_until_nothing_of_a_killed_launcher_is_left(tmp_pat
     assert read_endpoint(tmp_path, "controller") is None
     assert capsys.readouterr().err.count("areal_jax: waiting for what a killed launcher has left") == 1
     assert hold(tmp_path, 0.0) and (tmp_path / "launch.lock").read_text() == RUNNING
+
+
+@pytest.mark.parametrize(("number", "held"), [(errno.ENOSYS, True), (errno.EWOULDBLOCK, False)])
+def test_a_file_system_without_locks_is_no_other_launcher(tmp_path, monkeypatch, number, held):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(session.fcntl, "flock", flock)
+    (tmp_path / "launch.lock").write_text(RUNNING)
+    with contextlib.nullcontext() if held else pytest.raises(ConfigError, match="is running already"):
+        assert hold(tmp_path, 0.0)

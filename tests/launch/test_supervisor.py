@@ -286,6 +286,8 @@ def test_the_diagnosis_is_the_last_error_of_the_log():
     assert diagnosis([*log, "bye"]) == "zmq.error.ZMQError: taken"
     assert diagnosis(["a", "b", ""]) == "b"
     assert diagnosis([]) == "its log is empty"
+    assert diagnosis([f"XlaError: {'again: ' * 200}the peer is gone"]).endswith("again: the peer is gone")
+    assert len(diagnosis(["x" * 9999])) < 450
 
 
 # Stops itself in its first life, and a trainer that ends once there is a second one.

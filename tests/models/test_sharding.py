@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from areal_jax import models
-from areal_jax.models import logprobs, sharding, transformer
+from areal_jax.models import gather, logprobs, sharding, transformer
 from tests.models import tiny
 
 MESHES = [dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)]
@@ -81,6 +81,27 @@ def test_parameters_are_born_on_their_shards_with_the_same_values():
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     abstract = sharded.abstract_params()
     assert jax.tree.map(lambda a: a.sharding, abstract) == sharded.param_shardings()
+
+
+def test_what_several_processes_gather_for_the_host_is_never_more_than_some_layers(monkeypatch):
+    model, params = tiny.model_and_params("qwen3-moe")
+    sharded = model.with_(mesh=models.make_mesh(fsdp=4, tensor=2))
+    placed = jax.device_put(params, sharded.param_shardings())
+    whole = list(models.to_hf(sharded, placed, jnp.float32))
+    sizes, rows = [], gather._rows
+    monkeypatch.setattr(gather, "GATHERED_BYTES", 1)
+    monkeypatch.setattr(gather, "_is_here", lambda x: False)
+    monkeypatch.setattr(gather, "_rows", lambda x, first, size: sizes.append((x.ndim, size)) or rows(x, first, size))
+    for (a, tensor), (b, expected) in zip(models.to_hf(sharded, placed, jnp.float32), whole, strict=True):
+        assert a == b
+        np.testing.assert_array_equal(tensor, expected, err_msg=a)
+    layers = model.config.num_layers
+    assert layers > 1 and sum(size == 1 for _, size in sizes) == len(sizes) - sum(size > layers for _, size in sizes)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    others = list(models.to_hf(sharded, placed, jnp.float32))
+    assert [(n, x.shape, x.any()) for n, x in others] == [(n, x.shape, False) for n, x in whole], (
+        "only the first has them"
+    )
 
 
 def test_what_does_not_divide_stays_whole():

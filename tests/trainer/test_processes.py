@@ -13,17 +13,25 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from areal_jax import config as configs
+from areal_jax.config import ConfigError
 from areal_jax.exits import CANNOT_GO_ON
 from areal_jax.launch import child
 from areal_jax.metrics.writers import read_metrics
+from areal_jax.trainer import distributed
 from areal_jax.transport import messages as m
 from tests.trainer import fake
 
 ROOT = Path(__file__).parents[2]
 
 
+# What a launcher's own job step leaves in the environment: none of it is about the trainer's processes.
+SLURM = {"JOB_ID": "1", "STEP_NODELIST": "nowhere[1-2]", "NTASKS": "2", "PROCID": "1", "LOCALID": "1"}
+
+
 def start(workdir, process):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+    env |= {f"SLURM_{name}": value for name, value in SLURM.items()}
     command = [sys.executable, "-S", child.__file__, str(os.getpid()), "0"]  # ends when the tests do
     command += [sys.executable, "-m", "areal_jax.trainer", "--workdir", str(workdir), "--process", str(process)]
     log = open(workdir / f"trainer-{process}.log", "w")  # noqa: SIM115
@@ -55,6 +63,12 @@ def run(folder, processes, **trainer):
     return load_file(workdir / "export" / "model.safetensors"), controller, listening
 
 
+def test_a_host_that_cannot_be_found_by_its_name_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
+    with pytest.raises(ConfigError, match=r"no-such-host\.invalid.*/etc/hosts"):
+        distributed.start(tmp_path, 0, 2, "tcp://0.0.0.0:*")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data_parallel", "fsdp"])
 def test_two_processes_equal_one(tmp_path, axis):
@@ -72,26 +86,33 @@ def test_two_processes_equal_one(tmp_path, axis):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_next_start_goes_on(tmp_path):
-    workdir, _ = fake.prepare(tmp_path, steps=3)
-    trainer = None
+def test_a_signal_to_one_of_two_processes_saves_and_a_single_one_goes_on(tmp_path):
+    workdir, _ = fake.prepare(tmp_path, steps=3, processes=2, fsdp=2)
+    trainers = []
 
     def interrupt(version):
-        if version == 1:
-            trainer.send_signal(signal.SIGTERM)
+        if version == 1 and not any(process.poll() is not None for process in trainers):
+            trainers[1].send_signal(signal.SIGTERM)
+
+    def ended(count):
+        return [process.wait(120) for process in trainers[-count:]]
 
     with fake.FakeController(workdir) as controller:
         controller.on_batch = interrupt
-        trainer = start(workdir, 0)
+        trainers += [start(workdir, i) for i in range(2)]
         try:
-            assert trainer.wait(120) == 75, (workdir / "trainer-0.log").read_text()[-3000:]
+            assert ended(2) == [75, 75], (workdir / "trainer-0.log").read_text()[-3000:]
             assert "Finish" not in controller.kinds()
             controller.on_batch = lambda version: None
             controller.log.clear()
-            trainer = start(workdir, 0)
-            assert trainer.wait(120) == 0, (workdir / "trainer-0.log").read_text()[-3000:]
+            config = configs.load(workdir)
+            config["trainer"].update(processes=1, fsdp=1)
+            configs.save(config, workdir)
+            trainers.append(start(workdir, 0))
+            assert ended(1) == [0], (workdir / "trainer-0.log").read_text()[-3000:]
         finally:
-            trainer.kill()
+            for process in trainers:
+                process.kill()
     assert controller.kinds()[0] == "SetState"
     assert controller.state.version in (1, 2)
     assert next(x.version for x in controller.log if isinstance(x, m.GetBatch)) == controller.state.version

@@ -79,7 +79,8 @@ class Run:
 
     def spans(self, worker: str, phase: str) -> list[tuple[float, float]]:
         """When `worker` was in `phase`: (start, end), in seconds since the epoch."""
-        lines = Path(trace_path(self.folder, worker)).read_text().splitlines()
+        path = Path(trace_path(self.folder, worker))  # begins with the end of the first phase
+        lines = path.read_text().splitlines() if path.exists() else []
         return [(s["start"], s["end"]) for s in map(json.loads, lines) if s["phase"] == phase]
 
 

@@ -4,8 +4,10 @@ The other host is played by another name and another folder for its shared memor
 """
 
 import concurrent.futures
+import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ import zmq
 
 from areal_jax.transport.endpoints import load_keys, make_keys
 from areal_jax.transport.errors import KeysMissing
-from areal_jax.weights import Publisher, WeightsRefused, open_version, store, tcp
+from areal_jax.weights import Publisher, WeightsRefused, copies, open_version, store, tcp
 
 MEGABYTE = 1 << 20
 
@@ -46,7 +48,7 @@ def open_there(manifest, hosts, **options):
     return open_version(manifest, **options)
 
 
-def copies(hosts):
+def copied(hosts):
     return sorted(p.name for p in store.run_folder(hosts / "run", hosts / "there").iterdir() if p.suffix == ".weights")
 
 
@@ -89,9 +91,34 @@ def test_a_pull_may_end_between_two_looks_of_those_who_wait_for_it(tmp_path, mon
         fcntl.flock(puller, fcntl.LOCK_EX)
         end = threading.Timer(0.1, path.touch)
         end.start()
-        with tcp._only_one(tmp_path / "pulling", path, 10.0) as must_pull:
+        with copies._only_one(tmp_path / "pulling", path, 10.0) as must_pull:
             assert not must_pull
         end.join()
+
+
+def test_a_version_on_a_shared_disk_is_copied_once_per_host_and_outlives_the_file(hosts, monkeypatch):
+    """NFS would kill whoever touches a page of a mapped file that another host has removed."""
+    read, opened = shutil.copyfileobj, []
+    monkeypatch.setattr(shutil, "copyfileobj", lambda source, *more: (opened.append(source.name), read(source, *more)))
+    with Publisher(hosts / "run", transport="disk") as publisher:
+        manifest = publisher.publish(1, tensors().items())
+        with open_there(manifest, hosts) as version, open_there(manifest, hosts):
+            Path(manifest.path).unlink()
+            np.testing.assert_array_equal(version["t7"], tensors()["t7"])
+        assert [str(name) for name in opened] == [manifest.path] and copied(hosts) == [Path(manifest.path).name]
+        newer = publisher.publish(2, tensors(2).items())
+        os.truncate(newer.path, 100)
+        with pytest.raises(WeightsRefused, match="shows 100 of"):
+            open_there(newer, hosts)
+
+
+def test_a_host_without_room_says_what_to_do(publisher, hosts, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tcp, "_fetch", full)
+    with pytest.raises(WeightsRefused, match=r"version 1 has 0\.0 GB, and .*there room for .*--shm-size"):
+        open_there(publisher.publish(1, tensors().items()), hosts)
 
 
 def test_an_interrupted_pull_goes_on_where_it_stopped(hosts, served):
@@ -159,7 +186,7 @@ def test_bytes_that_change_on_the_way_are_refused_and_pulled_anew(hosts, monkeyp
         monkeypatch.setattr(os, "pread", flipped)
         with pytest.raises(WeightsRefused, match="do not match their checksum"):
             open_there(manifest, hosts)
-        assert not copies(hosts)
+        assert not copied(hosts)
         flip[0] = False
         open_there(manifest, hosts).close()
 
@@ -172,7 +199,7 @@ def test_a_version_that_is_gone_is_refused(publisher, hosts):
         open_there(manifest, hosts).close()
     publisher.publish(4, tensors(4, 1).items())
     open_there(publisher.publish(5, tensors(5, 1).items()), hosts).close()
-    assert len(copies(hosts)) == 2  # the two newest
+    assert len(copied(hosts)) == 2  # the two newest
 
 
 def test_a_dead_trainer_is_named(publisher, hosts):
@@ -247,13 +274,13 @@ sys.stdin.read()
 
 def test_copies_of_workers_that_were_all_killed_go_with_the_next_pull_on_that_host(publisher, hosts):
     used = store.run_folder(hosts / "a run that lives", hosts / "there")
-    tcp._use(used)
+    copies._use(used)
     left = store.run_folder(hosts / "another run", hosts / "there")
     script = f"""
 import os
 from pathlib import Path
-from areal_jax.weights import tcp
-tcp._use(Path({str(left)!r}))
+from areal_jax.weights import copies
+copies._use(Path({str(left)!r}))
 os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -9
@@ -272,7 +299,7 @@ def test_a_folder_that_is_swept_while_it_is_made_is_made_again(hosts, monkeypatc
         return folder
 
     monkeypatch.setattr(store, "make_private", swept)
-    tcp._use(folder)
+    copies._use(folder)
     assert len(made) == 2 and (folder / store.USERS).exists()
 
 
