@@ -2,7 +2,7 @@
 
 The problems are chains of additions ("3+5+9?"), whose worked answers show each running sum ("3+5=8;8+9=17####17"): the
 number of terms sets the length of the answer. Problem i depends only on the settings and i. An eighth of all problems,
-told by a checksum of their text, are held out: short sums come again and again, so another seed alone holds nothing out.
+told by a checksum of their text, is held out: short sums come again and again, so another seed holds nothing out.
 """
 
 from __future__ import annotations
