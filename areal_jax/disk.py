@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ def write_whole(path: str | os.PathLike, data: str | bytes, *, mode: int = 0o666
     Raises `OSError` that names `path`; no draft is left then.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write the same file
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # several may write the same file
     try:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

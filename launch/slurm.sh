@@ -45,8 +45,10 @@ head=$! others=
 [ "$nodes" = 1 ] || { launchers 1 $((nodes - 1)); others=$!; }
 while kill -0 "$head" 2>/dev/null; do
   if [ -n "$others" ] && ! kill -0 "$others" 2>/dev/null; then
+    told=0
+    wait "$others" || told=$?
     others=
-    leave "$head" || { echo "slurm.sh: the launchers of all other nodes have ended; stopping the run" >&2; stop; }
+    [ "$told" = 130 ] || leave "$head" || { echo "slurm.sh: the launchers of all other nodes have ended; stopping the run" >&2; stop; }
   fi
   sleep 1 & wait $! || true  # unlike sleep alone, it ends at once with a signal
 done

@@ -76,6 +76,8 @@ class Journal:
         self._groups.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder.chmod(0o700)
         self._lives = 0
+        for draft in (*self.folder.glob(".*"), *self._groups.glob(".*")):  # of a controller killed while it wrote
+            draft.unlink()
         self._spooled = {int(path.name) for path in self._groups.iterdir() if path.name.isdigit()}
 
     def spool(self, group: Group) -> None:

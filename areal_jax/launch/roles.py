@@ -91,8 +91,8 @@ class GpuShares:
         self._left = self._gpus[each * workers :]
         if each and (len(self._left) < trainers or each * workers > len(self._gpus)):
             raise ConfigError(
-                f"launch.rollout_gpus={each} with {workers} rollout worker(s) on this machine leaves {len(self._left)} "
-                f"of {len(self._gpus)} GPUs to {trainers} trainer process(es)"
+                f"launch.rollout_gpus={each} with {workers} rollout worker(s) on this machine needs {each * workers} "
+                f"GPUs, and one or more for each of {trainers} trainer process(es); {len(self._gpus)} are visible"
                 + ("" if self._gpus else "; under Slurm, ask for them: sbatch --gpus-per-node=8")
             )
 

@@ -22,9 +22,10 @@ from areal_jax.config import ConfigError
 from areal_jax.launch import summary
 from areal_jax.launch.guardian import ENDING, RUNNING, TIDY_SECONDS
 from areal_jax.launch.installed import check_installed
+from areal_jax.launch.logs import diagnosis, log_tail
 from areal_jax.launch.nodes import Share, share_of
 from areal_jax.launch.roles import roles_of
-from areal_jax.launch.supervisor import Outcome, Supervisor, diagnosis, log_tail
+from areal_jax.launch.supervisor import Outcome, Supervisor
 from areal_jax.launch.view import make_view
 from areal_jax.transport.endpoints import forget_endpoints, make_keys
 

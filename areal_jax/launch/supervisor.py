@@ -115,7 +115,8 @@ class Supervisor:
     def run(self, tick: Callable[[], None] = lambda: None, interval: float = 0.2) -> Outcome:
         """Start everything and stay until the end; `tick()` is called every `interval` seconds (the live view).
 
-        SIGINT and SIGTERM end the run in order: the leaders first, so that they can save. A second one kills at once.
+        SIGINT and SIGTERM end the run in order: the leaders first, so that they can save. A second
+        SIGINT kills at once.
         """
         previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
@@ -352,8 +353,9 @@ class Supervisor:
             with contextlib.suppress(OSError):  # it is dead, and another will be told of all that runs
                 self._guardian.stdin.write(f"{line}\n".encode())
 
-    def _on_signal(self, *_) -> None:
-        self._signals += 1
+    def _on_signal(self, number: int, _) -> None:
+        # Schedulers send SIGTERM more than once; only a second Ctrl-C is impatience.
+        self._signals += number == signal.SIGINT or not self._signals
 
 
 def _ends(process: subprocess.Popen, seconds: float) -> bool:
@@ -369,31 +371,6 @@ def describe_exit(code: int) -> str:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     return f"was killed by {name}" + (" (out of memory? see the kernel's log)" if name == "SIGKILL" else "")
-
-
-def log_tail(path: str | os.PathLike, lines: int = 30, nbytes: int = 65536) -> list[str]:
-    """The last lines of a log."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - nbytes))
-            return file.read().decode(errors="replace").splitlines()[-lines:]
-    except FileNotFoundError:
-        return []
-
-
-def diagnosis(tail: Sequence[str]) -> str:
-    """The line of a log's tail that most likely says what was wrong: its last error, else its last line."""
-    errors = [line for line in tail if _looks_like_error(line)]
-    line = (errors or [line for line in tail if line.strip()] or ["its log is empty"])[-1].strip()
-    return line if len(line) < 400 else f"{line[:200]} ... {line[-200:]}"  # both ends say something
-
-
-def _looks_like_error(line: str) -> bool:
-    head = line.split(":", 1)[0].strip()
-    return not line.startswith(" ") and ":" in line and head.replace(".", "").replace("_", "").isalnum() and (
-        head.endswith(("Error", "Exception", "Died", "Refused", "Timeout")) or head.lower() in ("error", "fatal")
-    )  # fmt: skip
 
 
 def own_env() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import numbers
 import os
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from areal_jax.metrics.lines import Lines
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -33,7 +36,7 @@ class MetricsWriter:
     @property
     def problem(self) -> str:
         """What cannot be written just now; "" while all is well."""
-        return self._lines.problem or (self._wandb.problem if self._wandb is not None else "")
+        return self._lines.problem
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record `metrics` of `step`: numbers, numpy or jax scalars and arrays, strings, lists, dicts."""
@@ -95,8 +98,8 @@ class EventFiles:
 
 
 class OnlineRun:
-    """Weights & Biases: one run there for all lives of the run in `workdir`. What was the matter with its start is said
-    by `problem`; the run here goes on without it.
+    """Weights & Biases: one run there for all lives of the run in `workdir`. If it cannot start, a warning says so, and
+    the run here goes on without it.
 
     Steps there can only grow, but an evaluation ends after the step that it is about: ours are a metric beside others.
     """
@@ -104,14 +107,14 @@ class OnlineRun:
     def __init__(self, workdir: str | os.PathLike, name: str, config: Mapping[str, Any]):
         import wandb
 
-        self.problem, self._run = "", None
+        self._run = None
         options = {"dir": os.fspath(workdir), "id": _kept(os.path.join(workdir, "wandb.id")), "resume": "allow"}
         try:
             self._run = wandb.init(project="areal_jax", name=name or None, config=without_secrets(config), **options)
             self._run.define_metric("*", step_metric="step")
         except wandb.Error as error:
             said = " ".join(str(error).split())
-            self.problem = f"Weights & Biases gets nothing (WANDB_MODE=offline needs no network): {said}"
+            log.warning("Weights & Biases gets nothing (WANDB_MODE=offline needs no network): %s", said)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._run is not None:

@@ -84,13 +84,15 @@ def _varying(x, axes):
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
-def block_size(pairs: int, experts: int) -> int:
-    """Rows of a block, for so many pairs of token and expert.
+def block_shape(pairs: int, experts: int, shards: int = 1) -> tuple[int, int]:
+    """`(blocks, rows of a block)` of a device that has one of `shards` equal parts of the experts, for so many pairs of
+    token and expert: enough, however they choose.
 
     Longer blocks are padded more, shorter ones read their expert's weights more often. A GPU does some 400 operations
     in the time of moving a byte, and a weight is two bytes, read and written: the sum is least near this length.
     """
-    return 64 * max(1, round(20 * math.sqrt(pairs / experts) / 64))
+    rows = 64 * max(1, round(20 * math.sqrt(pairs / experts) / 64))
+    return -(-(pairs // rows + experts // shards) // shards) * shards, rows
 
 
 def _blocks(x_MxD, indices_Mxk, weights_Mxk, gate, up, down, first=0, shards: int = 1):
@@ -100,8 +102,7 @@ def _blocks(x_MxD, indices_Mxk, weights_Mxk, gate, up, down, first=0, shards: in
     and each block is multiplied with its expert's weights: one batched product, of a shape that no routing changes.
     """
     (tokens, top_k), experts = indices_Mxk.shape, gate.shape[0]
-    size = block_size(tokens * top_k, experts * shards)
-    blocks = -(-(tokens * top_k // size + experts) // shards) * shards  # enough, however they choose
+    blocks, size = block_shape(tokens * top_k, experts * shards, shards)
     slot_Mxk, expert_of_block = _layout(indices_Mxk - first, experts, size, blocks)
     token_of_slot = jnp.full(blocks * size, tokens, jnp.int32)
     token_of_slot = token_of_slot.at[slot_Mxk].set(jnp.arange(tokens, dtype=jnp.int32)[:, None], mode="drop")

@@ -65,14 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
             finished = Training(settings, options.workdir, options.process, lambda: bool(stop)).run()
         except ObjectiveError as error:
             raise ConfigError(str(error)) from error
-        except (
-            TrainingStopped, WaitedTooLong, TransportError, StalenessError, CheckpointError, ModelError, DiskFull,
-        ) as error:  # fmt: skip
+        except (TrainingStopped, WaitedTooLong, StalenessError, CheckpointError, ModelError, DiskFull) as error:
             if isinstance(error, DiskFull | CheckpointError):  # of which a full disk is one cause
                 release(options.workdir)
             with contextlib.suppress(OSError):  # of a disk that is full even so
                 print(f"areal_jax.trainer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            return 1 if isinstance(error, TransportError) else CANNOT_GO_ON  # who did not answer may next time
+            return CANNOT_GO_ON
+    except TransportError as error:  # who did not answer may next time
+        print(f"areal_jax.trainer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
     except ConfigError as error:
         print(f"areal_jax.trainer: error: {error}", file=sys.stderr)
         return WRONG_SETTING

@@ -50,7 +50,7 @@ def copy_of(manifest: Manifest, folder: Path, fill: Callable[[IO[bytes]], None],
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                part.unlink()
+                part.unlink(missing_ok=True)
                 free = shutil.disk_usage(folder).free
                 raise WeightsRefused(
                     f"version {manifest.version} has {manifest.nbytes / 1e9:.1f} GB, and {folder.parent} room for "

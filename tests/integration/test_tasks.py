@@ -16,8 +16,9 @@ from letters import ALPHABET, make_checkpoint
 from areal_jax.config import default_config, resolve
 from areal_jax.data.readers import load_dataset
 from areal_jax.launch import session
+from areal_jax.launch.logs import log_tail
 from areal_jax.launch.roles import roles_of
-from areal_jax.launch.supervisor import Supervisor, log_tail
+from areal_jax.launch.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = {

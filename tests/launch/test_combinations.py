@@ -104,7 +104,7 @@ def test_a_package_that_is_asked_for_must_be_there(config, monkeypatch, key, val
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config.update_from_flattened_dict({key: value})
     validate.validate(config, here=False)
-    with pytest.raises(ConfigError, match=f"'{package}' is not installed: bash launch/setup.sh with the extra {extra}"):
+    with pytest.raises(ConfigError, match=f"'{package}' is not installed: bash launch/setup.sh {extra}"):
         validate.validate(config)
 
 

@@ -46,7 +46,7 @@ def test_nodes_that_only_train_have_all_their_gpus(config):
     config.update_from_flattened_dict({"launch.trainer_nodes": 1, "rollout.workers": 4, "trainer.row_length": 32_768})
     fit.check_memory(resolve(config), [80 * GIB] * 8, nodes=2)
     config.trainer.fsdp, config.trainer.rows = 16, 16
-    with pytest.raises(ConfigError, match="do not fit 8 devices"):
+    with pytest.raises(ConfigError, match="does not fit 8 devices"):
         fit.check_memory(resolve(config), [80 * GIB] * 8, nodes=2)
     config.update_from_flattened_dict({"launch.trainer_nodes": 2, "trainer.processes": 2})
     fit.check_memory(resolve(config), [80 * GIB] * 8, nodes=3)

@@ -81,7 +81,7 @@ def test_each_node_shares_out_its_own_gpus(tmp_path, monkeypatch):
     assert [found[f"trainer-{i}"] for i in range(2)] == ["0,1", "2,3"]
     assert [found[f"rollout-{i}"] for i in range(4)] == ["0", "1", "0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(ConfigError, match=r"0 of 0 GPUs.*--gpus-per-node"):
+    with pytest.raises(ConfigError, match=r"; 0 are visible.*--gpus-per-node"):
         roles_of(config, tmp_path, share_of(config, 1, 3))
 
 
@@ -111,6 +111,8 @@ def test_a_node_that_only_generates_leaves_the_runs_folder_to_the_first(tmp_path
         (["--node=1", "--nodes=2", "--workdir=nowhere", "--config.seed=2"], "given with --prepare"),
         (["--node=x", "--workdir=nowhere"], "--node=x: nodes are counted from 1"),
         (["--node=0", "--workdir=nowhere"], "needs --nodes"),
+        (["--node=0", "--nodes=2", "--dry_run"], "leave --dry_run and --prepare out"),
+        (["--nodes=2", "--config=c.py", "--workdir=nowhere"], "give --prepare, --dry_run or"),
     ],
 )
 def test_a_node_starts_a_part_of_a_prepared_run(arguments, message, capsys):
@@ -131,11 +133,11 @@ echo "$*" > cancelled; kill "${1/#--signal=/-}" $(< tasks); exit 0
 """
 # The launcher: prepares, or stays until it is told to stop. That of a node named in `ends` ends by itself, with code 1.
 PYTHON = """#!/usr/bin/env bash
+node=${*: -1}
+trap 'echo "$node" >> saved; exit 130' TERM
 echo "$*" >> launched
 [[ $* = *--prepare* ]] && exit 0
-node=${*: -1}
 [[ -n "${ENDS:-}" && $node != --node=0 ]] && exit 1
-trap 'echo "$node" >> saved; exit 130' TERM
 while :; do /bin/sleep 0.05 & wait $!; done
 """
 
@@ -174,6 +176,7 @@ def lines(path, count):
     deadline = time.monotonic() + 30
     while not path.exists() or len(path.read_text().splitlines()) < count:
         assert time.monotonic() < deadline, f"{path.name} has fewer than {count} lines"
+        time.sleep(0.01)
     return path.read_text().splitlines()
 
 
@@ -183,6 +186,7 @@ def test_slurm_starts_one_launcher_per_node_and_a_signal_lets_them_save(slurm, t
     assert prepare.startswith("-m areal_jax.launch --prepare --nodes=3 --config=c.py --workdir=run ")
     assert prepare.endswith(" --config.rewards.address=tcp://0.0.0.0:* --config.launch.stop_grace=540 --config.seed=3")
     assert sorted(launchers) == [f"-m areal_jax.launch --workdir=run --nodes=3 --node={node}" for node in range(3)]
+    lines(tmp_path / "tasks", 3)
     job.send_signal(signal.SIGTERM)  # as scancel --batch
     assert job.wait(30) == 130
     assert sorted(lines(tmp_path / "saved", 3)) == ["--node=0", "--node=1", "--node=2"]

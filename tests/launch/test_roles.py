@@ -108,7 +108,7 @@ def test_rollout_workers_get_the_first_gpus_and_the_trainer_the_others(tmp_path,
 
 def test_too_few_gpus_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(ConfigError, match=r"launch\.rollout_gpus=1 .* leaves 0 of 1 GPUs"):
+    with pytest.raises(ConfigError, match=r"launch\.rollout_gpus=1 .* needs 1 GPUs.*; 1 are visible"):
         environments(tmp_path, **{"launch.rollout_gpus": 1})
 
 

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from areal_jax.launch import supervisor as supervisor_module
-from areal_jax.launch.supervisor import Outcome, Role, Supervisor, describe_exit, diagnosis
+from areal_jax.launch.logs import diagnosis
+from areal_jax.launch.supervisor import Outcome, Role, Supervisor, describe_exit
 from areal_jax.transport.silence import Silence, report_silence
 from areal_jax.weights import store
 
@@ -119,7 +120,10 @@ def test_one_of_several_workers_may_be_given_up(tmp_path):
 
 def test_a_signal_ends_the_trainer_first_and_a_role_that_ignores_it_is_killed(tmp_path):
     order = tmp_path / "order"
-    note = "import signal, sys, os\ndef end(*_):\n  open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(0)\n"
+    # While each ends, a scheduler tells the launcher once more: that cuts nothing short.
+    again = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.2)"
+    end = f"{again}; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(0)"
+    note = f"import os, signal, sys, time\ndef end(*_):\n  {end}\n"
     polite = note + "signal.signal(signal.SIGTERM, end); print('up', flush=True); signal.pause()"
     stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
     logs = tmp_path / "logs"

@@ -75,11 +75,12 @@ def test_weights_and_biases_has_one_run_for_all_lives_and_no_secrets(tmp_path, w
     assert logged == [{"reward/mean": 0.5, "step": 3}, {"eval/accuracy": 0.5, "step": 2}]
 
 
-def test_a_run_goes_on_without_weights_and_biases(tmp_path, wandb):
+def test_a_run_goes_on_without_weights_and_biases(tmp_path, wandb, caplog):
     wandb.fails = True
     with MetricsWriter(tmp_path, False, True) as writer:
         writer.write(1, {"reward/mean": 0.5})
-        assert "WANDB_MODE=offline" in writer.problem and "\n" not in writer.problem
+    (said,) = caplog.messages
+    assert "WANDB_MODE=offline" in said and "\n" not in said
     assert read_metrics(tmp_path) == [{"step": 1, "reward/mean": 0.5}]
 
 

@@ -86,8 +86,8 @@ def test_flash_attention_keeps_a_number_for_every_segment_that_a_row_may_hold():
 def test_constants_are_the_codes_own():
     assert memory.LOGITS_PER_CHUNK == logprobs.LOGITS_PER_CHUNK_GPU
     mixture = dataclasses.replace(SMALL, **MIXTURE)
-    for tokens in (100, 3_000, 100_000):
-        assert memory._blocks(mixture, tokens, 1)[1] == moe.block_size(tokens * 2, 8)
+    for tokens, expert in ((100, 1), (3_000, 2), (100_000, 4)):
+        assert memory._blocks(mixture, tokens, expert) == moe.block_shape(tokens * 2, 8, expert)
 
 
 @pytest.mark.parametrize(

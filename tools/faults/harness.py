@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from areal_jax.launch.supervisor import log_tail
+from areal_jax.launch.logs import log_tail
 from areal_jax.metrics.trained import read_trained
 from tools import judge
 from tools.faults import launcher
