@@ -67,8 +67,8 @@ def put_logs_apart(link: Path, folder: Path) -> None:
 def main(plan: dict) -> int:
     config = config_of(plan["settings"])
 
-    def roles_with_fault(config, workdir):
-        roles, leaders = roles_of(config, workdir)
+    def roles_with_fault(config, workdir, share=None):
+        roles, leaders = roles_of(config, workdir, share)
         for i, role in enumerate(roles):
             if plan["role"] and role.name.startswith(plan["role"]):
                 python, _, module, *arguments = role.command
